@@ -1,0 +1,39 @@
+"""Llama 3 as a first-class Hugging Face model package, and the bridge to Meta's checkpoint format.
+
+`import hf_llama3` makes the Auto classes know the model type "llama3"; everything below is imported when it is used.
+"""
+
+import importlib
+from importlib.metadata import version
+
+from .registration import register
+
+# Public name -> the module that holds it
+_HOMES = {
+    "Llama3Config": "configuration_llama3",
+    "Llama3PreTrainedModel": "modeling_llama3",
+    "Llama3Model": "modeling_llama3",
+    "Llama3ForCausalLM": "modeling_llama3",
+    "Llama3ForSequenceClassification": "modeling_llama3",
+    "Llama3ForTokenClassification": "modeling_llama3",
+    "Llama3ForQuestionAnswering": "modeling_llama3",
+}
+_SUBPACKAGES = ("conversion", "generation", "model_card", "training")
+
+__version__ = version("hf_llama3")
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_HOMES, *_SUBPACKAGES])
+
+
+register()

@@ -1,0 +1,164 @@
+"""Configuration of a Llama 3 model: every number that fixes its shape and its arithmetic.
+
+The defaults are those of Meta-Llama-3-8B. Llama 2 and Code Llama are the same architecture with other numbers:
+multi-head attention (`num_key_value_heads=None`), `rope_theta` 10000 or 1e6, a vocabulary of 32000 or 32016.
+"""
+
+import difflib
+import warnings
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
+
+LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+# Keywords that the library or older configurations use and that are no fields of their own.
+LIBRARY_KEYWORDS = {
+    *("attn_implementation", "auto_map", "experts_implementation", "partial_rotary_factor", "per_layer_config"),
+    *("pretraining_tp", "quantization_config", "rope_scaling", "rope_theta", "tokenizer_class", "torch_dtype"),
+    *vars(GenerationConfig()),
+}
+
+
+@strict
+class Llama3Config(PreTrainedConfig):
+    """Hold the shape and the arithmetic of a Llama 3 model; tensors below are named as in `modeling_llama3.py`.
+
+    Fields:
+        vocab_size: rows of the embedding, in tokens.
+        hidden_size: width of the residual stream, in channels.
+        intermediate_size: width of the feed-forward block, in channels.
+        num_hidden_layers: decoder layers.
+        num_attention_heads: query heads per layer.
+        num_key_value_heads: key/value heads per layer, each shared by `num_attention_heads / num_key_value_heads` query
+            heads; None means one per query head (multi-head attention).
+        head_dim: channels per head, even; None means `hidden_size / num_attention_heads`.
+        hidden_act: activation of the feed-forward gate, a name in `transformers.activations.ACT2FN`.
+        max_position_embeddings: context window, in tokens.
+        rms_norm_eps: added to the mean square before its root is taken.
+        rope_parameters: `rope_theta` (base of the rotary wavelengths), `rope_type` ("default", "llama3" or any other
+            that the library offers) and that type's keys: for "llama3" `factor` (how many times longer the context
+            became), `low_freq_factor` and `high_freq_factor` (turns that a channel pair makes within the original
+            context: slower pairs are slowed by `factor`, faster ones left alone, those between interpolated) and
+            `original_max_position_embeddings` (tokens, 8192 in every Llama 3). The older `rope_theta` and
+            `rope_scaling` are understood as well.
+        attention_bias: whether the four attention projections carry a bias.
+        attention_dropout: probability of dropping an attention weight in training.
+        mlp_bias: whether the three feed-forward projections carry a bias.
+        tie_word_embeddings: whether the output head is the embedding matrix itself (Llama 3.2 1B and 3B).
+        initializer_range: standard deviation of freshly drawn weights.
+        use_cache: whether the model keeps keys and values by default.
+        pad_token_id, bos_token_id, eos_token_id: token ids; `eos_token_id` may be a list, each of which ends a text.
+
+    Raises:
+        ValueError: in `__init__`, for numbers that contradict each other.
+    """
+
+    model_type = "llama3"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 500000.0
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 128256
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-5
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 128000
+    eos_token_id: int | list[int] | None = 128001
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self._require_multiple("hidden_size", "num_attention_heads")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+
+        scaling = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}
+        self.rope_parameters = dict(scaling)  # a copy: the library writes into it
+        if scaling.get("rope_type", scaling.get("type")) == "llama3":
+            check_llama3_scaling(scaling)
+
+        for name in sorted(kwargs.keys() - LIBRARY_KEYWORDS):
+            if not name.startswith("_") and not hasattr(type(self), name):
+                warn_unknown(name, known=[*type(self).__annotations__, "rope_theta"])
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Check what no single field can; `@strict` calls this after `__init__`."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}")
+        self._require_multiple("num_attention_heads", "num_key_value_heads")
+        if self.head_dim <= 0 or self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even, since RoPE turns pairs of channels, got {self.head_dim}")
+
+    def to_dict(self):
+        fields = super().to_dict()
+        if self._auto_class is None:
+            fields.pop("auto_map", None)  # it points to code that only `register_for_auto_class` has saved alongside
+        return fields
+
+    def _require_multiple(self, name, divisor_name):
+        value, divisor = getattr(self, name), getattr(self, divisor_name)
+        if divisor <= 0 or value % divisor:
+            raise ValueError(f"`{name}` must be a multiple of `{divisor_name}`, got {value} and {divisor}")
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict(from_upstream(config_dict), **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return from_upstream(config_dict), unused
+
+
+def from_upstream(config_dict: dict) -> dict:
+    """Translate the configuration of a `model_type: llama` checkpoint: what it leaves out has *upstream's* defaults."""
+    if config_dict.get("model_type") != LlamaConfig.model_type:
+        return config_dict
+    return LlamaConfig.from_dict(config_dict).to_dict() | {"model_type": Llama3Config.model_type}
+
+
+def check_llama3_scaling(scaling: dict):
+    """Raise unless the scaling is complete (the library would fill gaps by a silent guess) and ordered."""
+    if missing := [key for key in LLAMA3_ROPE_KEYS if scaling.get(key) is None]:
+        raise ValueError(f"`rope_parameters` of type 'llama3' must hold {LLAMA3_ROPE_KEYS}, lacks {missing}")
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    if not 0 < low < high:
+        raise ValueError(f"`low_freq_factor` must lie between 0 and `high_freq_factor`, got {low} and {high}")
+    if not scaling["factor"] >= 1:
+        raise ValueError(f"`factor` of `rope_parameters` must be at least 1, got {scaling['factor']}")
+
+
+def warn_unknown(name: str, known: list[str]):
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
+    warnings.warn(f"`{name}` is not a field of Llama3Config and has no effect{hint}", stacklevel=2)

@@ -1,0 +1,243 @@
+"""Llama 3 as Hugging Face model classes, from the decoder layer up.
+
+The architecture is Meta's (llama-models 0.3.0, models/llama3/model.py); modules and parameters are named as in
+upstream's `modeling_llama`, so that every Llama checkpoint, adapter and parallel plan fits as it is.
+"""
+
+# Shapes: B batch, T tokens, E hidden_size, V vocab_size
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import Llama3Attention
+from .configuration_llama3 import Llama3Config
+from .mlp import Llama3MLP
+from .norm import Llama3RMSNorm
+from .rotary import Llama3RotaryEmbedding
+
+
+class Llama3DecoderLayer(GradientCheckpointingLayer):
+    """Add to the residual stream what attention reads from other tokens, then what the feed-forward makes of each."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.self_attn = Llama3Attention(config, layer_idx)
+        self.mlp = Llama3MLP(config)
+        self.input_layernorm = Llama3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Llama3RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states, **kwargs):
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Llama3PreTrainedModel(PreTrainedModel):
+    """Tell the library what these classes can do and how they may be split, recorded and compiled."""
+
+    config_class = Llama3Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Llama3DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": Llama3DecoderLayer, "attentions": Llama3Attention}
+
+
+class Llama3Model(Llama3PreTrainedModel):
+    """Embed the tokens, run the decoder layers, normalise: token ids (B, T) to hidden states (B, T, E)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(Llama3DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = Llama3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = Llama3RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        """Return the last hidden state (B, T, E), the cache, and on request every layer's states and weights.
+
+        Exactly one of `input_ids` (B, T) and `inputs_embeds` (B, T, E) is given. `attention_mask` is (B, S) with zeros
+        at padding, or whatever `create_causal_mask` takes; `position_ids` (B, T) default to those after the cache, and
+        where they start again within a row, the row is read as packed texts that do not see one another.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # (B, T, E)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class Llama3ForCausalLM(Llama3PreTrainedModel, GenerationMixin):
+    """Predict the next token: token ids (B, T) to logits (B, T, V)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Llama3Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """Return logits and, given `labels` (B, T), the mean cross-entropy of a token given those before it, in nats.
+
+        `labels` are the input ids themselves (the loss shifts them), -100 where a token does not count.
+        `logits_to_keep` is how many of the last positions to compute logits for (0: all), or which positions.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# The library's generic heads ask AutoModel for the base model, which remote code cannot answer: they are given it.
+class Llama3ForSequenceClassification(GenericForSequenceClassification, Llama3PreTrainedModel):
+    """Score a whole text by its last token: token ids (B, T) to logits (B, num_labels)."""
+
+    def __init__(self, config):
+        Llama3PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = Llama3Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class Llama3ForTokenClassification(GenericForTokenClassification, Llama3PreTrainedModel):
+    """Score every token: token ids (B, T) to logits (B, T, num_labels)."""
+
+    def __init__(self, config):
+        Llama3PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = Llama3Model(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.1)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class Llama3ForQuestionAnswering(GenericForQuestionAnswering, Llama3PreTrainedModel):
+    """Score every token as the start and as the end of an answer: token ids (B, T) to two logits (B, T)."""
+
+    base_model_prefix = "transformer"  # the name that upstream's question-answering checkpoints carry
+
+    def __init__(self, config):
+        Llama3PreTrainedModel.__init__(self, config)
+        self.transformer = Llama3Model(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+def select_positions(hidden_states, logits_to_keep):
+    """Cut (B, T, E) down to the positions asked for, before the largest matrix multiplication of the model.
+
+    An int keeps that many of the last positions (0: all), a 1-D tensor those positions in every row, a 2-D integer
+    tensor (B, N) its positions row by row, a 2-D boolean mask (B, T) its True ones, flattened to (N, E).
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+
+
+__all__ = [
+    "Llama3ForCausalLM",
+    "Llama3ForQuestionAnswering",
+    "Llama3ForSequenceClassification",
+    "Llama3ForTokenClassification",
+    "Llama3Model",
+    "Llama3PreTrainedModel",
+]

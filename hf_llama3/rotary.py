@@ -1,0 +1,89 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) with the scaling that Llama 3.1 introduced.
+
+A head's channels form D/2 pairs (i, i + D/2). Pair i is turned by the angle position * inv_freq[i], so the dot product
+of a query and a key depends on their distance alone. (Meta's files pair neighbours (2i, 2i + 1) instead; a conversion
+reorders the rows of the query and key projections, and every dot product stays what it was.)
+"""
+
+# Shapes: B batch, H heads, T tokens, D head_dim
+
+import math
+
+import torch
+from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+
+class Llama3RotaryEmbedding(nn.Module):
+    """Turn positions into the cosines and sines of every pair's angle, once for all layers.
+
+    The frequencies are float32 whatever the model's dtype: in bfloat16 an angle at position 8000 is radians off. The
+    attributes' names are those that `PreTrainedModel._init_weights` and `dynamic_rope_update` read.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.original_max_seq_len = config.max_position_embeddings
+        self.max_seq_len_cached = config.max_position_embeddings
+        inv_freq, self.attention_scaling = self.compute_inverse_frequencies()
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @torch.no_grad()
+    @dynamic_rope_update  # recomputes `inv_freq` for the types that depend on the sequence's length
+    def forward(self, x, position_ids):
+        """Return cos and sin in the dtype of `x`, each (B, T, D/2), for `position_ids` (B, T)."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device)  # (B, T, D/2), radians
+        cos = angles.cos() * self.attention_scaling
+        sin = angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+    def compute_inverse_frequencies(self):
+        """Return the radians per position of every pair, (D/2), and the factor on cos and sin (1, save for YaRN's)."""
+        if self.rope_type == "default":
+            return self.compute_default_rope_parameters(self.config)
+        if self.rope_type == "llama3":
+            inv_freq, attention_scaling = self.compute_default_rope_parameters(self.config)
+            return scale_for_long_context(inv_freq, **self.config.rope_parameters), attention_scaling
+        return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
+
+    @staticmethod
+    def compute_default_rope_parameters(config, device=None, **unused):
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    def _apply(self, fn, recurse=True):
+        # `.to(device)` moves the buffers, but `.half()` must not round them, nor `.to_empty()` leave them empty.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            values = self.compute_inverse_frequencies()[0] if buffer.is_meta else buffer
+            self._buffers[name] = values.to(self._buffers[name].device)
+        return self
+
+
+def scale_for_long_context(
+    inv_freq, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings, **unused
+):
+    """Slow the pairs that turn too slowly to have completed a turn within the original context (D/2 -> D/2).
+
+    Pairs that make more than `high_freq_factor` turns there stay, those that make fewer than `low_freq_factor` are
+    slowed by `factor`, and those between are interpolated. Source: llama-models 0.3.0, models/llama3/model.py,
+    `apply_scaling`; the order of operations is that of `transformers.modeling_rope_utils`, to the bit.
+    """
+    wavelength = 2 * math.pi / inv_freq  # positions per turn
+    turns = original_max_position_embeddings / wavelength
+    share_kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    between = (1 - share_kept) * inv_freq / factor + share_kept * inv_freq
+    too_slow = wavelength > original_max_position_embeddings / low_freq_factor
+    fast_enough = wavelength < original_max_position_embeddings / high_freq_factor
+    return torch.where(too_slow, inv_freq / factor, torch.where(fast_enough, inv_freq, between))
+
+
+def rotate(x, cos, sin):
+    """Turn every pair of channels of `x` (B, H, T, D) by the angle whose `cos` and `sin` (B, T, D/2) are given."""
+    first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, T, D/2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
