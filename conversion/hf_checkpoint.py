@@ -1,0 +1,137 @@
+"""Sharded safetensors: opened with their index checked, laid out to the byte before a tensor is written.
+
+A safetensors file is an 8-byte length, a JSON header that says where each tensor's bytes lie, and the bytes.
+"""
+
+import json
+import math
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from hf_llama3.errors import UserError
+
+from .manifest import read_json, refuse_constant, refuse_duplicates, what_became_of
+from .storage import BY_SAFETENSORS, Dtype, SourceFile, StoredTensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+
+
+def find_weights(folder: Path) -> dict[str, StoredTensor]:
+    """List the tensors of a Hugging Face folder by name.
+
+    Raises:
+        UserError: there are none, they are in another format, or index and files disagree.
+    """
+    if (folder / INDEX).exists():
+        return read_sharded(folder)
+    if (folder / SINGLE).exists():
+        return read_safetensors(folder / SINGLE)
+    if list(folder.glob("*.bin")):
+        raise UserError(
+            f"{folder} holds its weights as .bin, which can run code when it is read; load the model in transformers "
+            "and write it again with save_pretrained, which makes safetensors"
+        )
+    raise UserError(f"{folder} has a config.json but no {SINGLE} and no {INDEX}; download the weights")
+
+
+def read_sharded(folder: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{folder / INDEX} must hold a `weight_map` from tensors to files, got {weight_map!r}")
+    tensors = {}
+    for name in sorted({str(file) for file in weight_map.values()}):
+        if {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}:
+            raise UserError(f"{folder / INDEX} must name plain files beside it, got {name!r}; do not trust this folder")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} lacks {name}, which its index names; download it")
+        found = read_safetensors(folder / name)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise UserError(f"{folder / name} holds {twice[0]!r}, which another file holds as well")
+        tensors |= found
+        if found.keys() != (listed := {key for key, file in weight_map.items() if file == name}):
+            differing = sorted(found.keys() ^ listed)
+            raise UserError(f"{folder / INDEX} and {name} disagree about {len(differing)} tensors: {differing[:3]}")
+    return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """List the tensors of one file by name.
+
+    Raises:
+        UserError: the header is damaged, or a tensor lies outside the file or in another's place.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
+                raise UserError(
+                    f"{path} is not a whole safetensors file{what_became_of(path) or ': download it again'}"
+                )
+            header = json.loads(file.read(length), parse_constant=refuse_constant, object_pairs_hook=refuse_duplicates)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the header of {path} is damaged ({error}); download it again") from error
+    if not isinstance(header, dict):
+        raise UserError(f"the header of {path} must be a JSON object, got {type(header).__name__}")
+
+    source, tensors, spans = SourceFile(path), {}, []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (start, end) = read_entry(name, entry, path)
+        tensors[name] = StoredTensor(source, dtype, shape, 8 + length + start)
+        spans.append((start, end, name))
+    reached = 0
+    for start, end, name in sorted(spans):
+        if start != reached:
+            raise UserError(f"{name} in {path} must begin at byte {reached}, where the one before it ends, got {start}")
+        reached = end
+    if 8 + length + reached != size:
+        raise UserError(f"{path} must be {8 + length + reached} bytes by its header, got {size}; download it again")
+    return tensors
+
+
+def read_entry(name: str, entry, path: Path):
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if dtype not in BY_SAFETENSORS:
+        raise UserError(f"{name} in {path} has the type {dtype!r}; only {sorted(BY_SAFETENSORS)} can be converted")
+    numbers = [*shape, *span] if isinstance(shape, list) and isinstance(span, list) and len(span) == 2 else [None]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise UserError(f"the entry of {name} in {path} is damaged: {json.dumps(entry)[:200]}")
+    dtype = BY_SAFETENSORS[dtype]
+    if math.prod(shape) * dtype.itemsize != span[1] - span[0]:
+        needed = math.prod(shape) * dtype.itemsize
+        raise UserError(f"{name} {shape} in {path} must have {needed} bytes, got {span[1] - span[0]}")
+    return dtype, tuple(shape), span
+
+
+class SafetensorsLayout:
+    """Fix where every byte of a safetensors file goes, before any tensor is at hand.
+
+    Args:
+        tensors: (name, dtype, shape), in order.
+    """
+
+    needs_checksums = False
+
+    def __init__(self, tensors: list[tuple[str, Dtype, tuple[int, ...]]]):
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name, dtype, shape in tensors:
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [start, end]}
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._header = len(encoded).to_bytes(8, "little") + encoded
+        data = len(self._header)
+        self.offsets = [data + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"]
+        self.size = data + end
+
+    def fixed(self, checksums: list[int]) -> list[tuple[int, bytes]]:
+        """Return all that is not a tensor as (offset, bytes)."""
+        return [(0, self._header)]

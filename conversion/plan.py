@@ -1,0 +1,198 @@
+"""What a conversion will read, write and need, worked out before it starts."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hf_llama3.errors import UserError
+from hf_llama3.remote_code import code_files
+
+from .checkpoint import Checkpoint
+from .hf_checkpoint import INDEX, SINGLE, SafetensorsLayout
+from .hf_config import generation_config, portable_config
+from .meta_checkpoint import PARAMS_FILE, TOKENIZER_FILE
+from .params import config_to_params
+from .pth import PthLayout
+from .sidecar import SIDECAR, make_sidecar
+from .storage import Assembly, Part
+from .tokenizer import NUM_SPECIAL_TOKENS, hf_tokenizer_files, llama3_chat_template, meta_tokenizer_file
+from .weights import Row, half_to_interleaved, interleaved_to_half, sizes
+
+DEFAULT_SHARD_SIZE = "5GB"
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclass(eq=False)
+class PlannedFile:
+    """A file of tensors: where every byte of it goes."""
+
+    name: str
+    layout: SafetensorsLayout | PthLayout
+    tensors: list[tuple[str, Assembly]] = field(repr=False)
+
+
+@dataclass(eq=False)
+class Plan:
+    """Everything that a conversion writes. The small files are made when their turn comes, after the tensors."""
+
+    source: Checkpoint
+    to: str  # "hf" or "meta"
+    files: list[PlannedFile]
+    make_small_files: Callable[[], dict[str, bytes]]
+    notes: list[str]  # what the user should know of the result
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.layout.size for file in self.files)
+
+    @property
+    def num_tensors(self) -> int:
+        return sum(len(file.tensors) for file in self.files)
+
+
+def plan_hf(source: Checkpoint, model_type: str = "llama", max_shard_size: str = DEFAULT_SHARD_SIZE) -> Plan:
+    """Plan a Hugging Face folder of `model_type` "llama", which everything reads, or "llama3" with its code."""
+    limit = parse_size(max_shard_size)
+    size = sizes(source.config)
+    groups, room = [[]], limit
+    for row in source.own_rows:
+        assembly = assemble(source, row, "hf", 0, row.full_shape(size)[row.split or 0])
+        if assembly.nbytes > room and groups[-1]:
+            groups.append([])
+            room = limit
+        groups[-1].append((row.hf, assembly))
+        room -= assembly.nbytes
+    total = len(groups)
+    names = [SINGLE] if total == 1 else [f"model-{index + 1:05d}-of-{total:05d}.safetensors" for index in range(total)]
+    files = [
+        PlannedFile(name, SafetensorsLayout(describe(tensors)), tensors)
+        for name, tensors in zip(names, groups, strict=True)
+    ]
+
+    def make_small_files():
+        small = hf_tokenizer(source)
+        small["generation_config.json"] = to_json(generation_config(source.config, source.generation_config))
+        if total > 1:
+            weight_map = {name: file.name for file in files for name, _ in file.tensors}
+            size = sum(assembly.nbytes for file in files for _, assembly in file.tensors)
+            small[INDEX] = to_json({"metadata": {"total_size": size}, "weight_map": weight_map})
+        if model_type == "llama3":
+            small |= code_files()
+        return small | {"config.json": to_json(portable_config(source.config, source.dtype, model_type))}
+
+    return Plan(source, "hf", files, make_small_files, notes=[])
+
+
+def plan_meta(source: Checkpoint, mp: int = 1) -> Plan:
+    """Plan a directory of Meta's with `mp` model-parallel shards."""
+    size, kv_heads = sizes(source.config), source.config["num_key_value_heads"]
+    check_divisible(source, mp)
+    written_kv_heads = max(kv_heads, mp)
+    params = config_to_params(source.config, source.path, written_kv_heads)
+    files = []
+    for shard in range(mp):
+        tensors = []
+        for row in source.rows:
+            full = row.full_shape(size)[row.split or 0]
+            if row.split is None:
+                start, stop = 0, full
+            else:
+                # With more shards than key/value heads each head is written for every shard that needs it.
+                copies = written_kv_heads // kv_heads if "key_value" in row.shape else 1
+                width = full * copies // mp
+                start = shard // copies * width
+                stop = start + width
+            tensors.append((row.meta, assemble(source, row, "meta", start, stop)))
+        stem = f"consolidated.{shard:02d}"
+        files.append(PlannedFile(f"{stem}.pth", PthLayout(stem, describe(tensors)), tensors))
+
+    notes = []
+    if written_kv_heads != kv_heads:
+        notes.append(f"each of the {kv_heads} key/value heads is stored {mp // kv_heads} times, once for every shard")
+    factor = source.config["rope_parameters"].get("factor", 8)
+    if factor != 8:
+        notes.append(
+            f"params.json cannot say the RoPE factor {factor:g}: Meta's own code takes 8, this package {SIDECAR}"
+        )
+
+    def make_small_files():
+        small, special_tokens = meta_tokenizer(source, notes)
+        template = None if source.chat_template == llama3_chat_template() else source.chat_template
+        sidecar = make_sidecar(source.config, source.generation_config, source.instruct, special_tokens, template)
+        return small | {SIDECAR: to_json(sidecar), PARAMS_FILE: to_json(params)}
+
+    return Plan(source, "meta", files, make_small_files, notes)
+
+
+def assemble(source: Checkpoint, row: Row, to: str, start: int, stop: int) -> Assembly:
+    """Describe a tensor in the format `to`, cut to the indices from `start` to `stop` of its divided dimension."""
+    parts = source.cut(row, start, stop)
+    if row.rotary and source.format != to:
+        reorder = interleaved_to_half if to == "hf" else half_to_interleaved
+        parts = [Part(part.file, reorder(part.array, source.config["head_dim"])) for part in parts]
+    shape = list(row.full_shape(sizes(source.config)))
+    shape[row.split or 0] = stop - start
+    return Assembly(source.tensors[row.hf][0].dtype, tuple(shape), parts, axis=row.split or 0)
+
+
+def describe(tensors: list[tuple[str, Assembly]]):
+    return [(name, assembly.dtype, assembly.shape) for name, assembly in tensors]
+
+
+def check_divisible(source: Checkpoint, mp: int):
+    """Raise unless `mp` shards divide the model as Meta's parallel layers do.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    config = source.config
+    for key in ("num_attention_heads", "intermediate_size", "vocab_size", "hidden_size"):
+        if mp < 1 or config[key] % mp:
+            raise UserError(f"--mp must divide `{key}` {config[key]} of {source.path}, got {mp}")
+    kv_heads = config["num_key_value_heads"]
+    if kv_heads % mp and mp % kv_heads:
+        raise UserError(f"--mp must divide the {kv_heads} key/value heads of {source.path} or be a multiple, got {mp}")
+
+
+def hf_tokenizer(source: Checkpoint) -> dict[str, bytes]:
+    """Make the tokenizer's files for a Hugging Face folder, or none."""
+    if source.tokenizer_kind == "tiktoken":
+        files = hf_tokenizer_files(
+            source.tokenizer, source.special_tokens, source.config, source.instruct, source.chat_template
+        )
+        return {name: content.encode() for name, content in files.items()}
+    if source.tokenizer_kind == "tokenizer.json":
+        found = [source.path / name for name in TOKENIZER_FILES]
+        return {path.name: path.read_bytes() for path in found if path.exists()}
+    return {}
+
+
+def meta_tokenizer(source: Checkpoint, notes: list[str]) -> tuple[dict[str, bytes], list[str] | None]:
+    """Make tokenizer.model for a directory of Meta's and list the special tokens; where it cannot be, note why."""
+    if source.tokenizer_kind in ("tiktoken", "sentencepiece"):
+        return {TOKENIZER_FILE: source.tokenizer.read_bytes()}, source.special_tokens
+    if source.tokenizer is None:
+        notes.append("no tokenizer was written: the source has none")
+        return {}, None
+    try:
+        content, names = meta_tokenizer_file(source.tokenizer)
+    except UserError as error:
+        notes.append(f"no tokenizer.model was written: {error}")
+        return {}, None
+    if len(names) != NUM_SPECIAL_TOKENS:
+        notes.append(f"Meta's code knows {NUM_SPECIAL_TOKENS} special tokens, this tokenizer has {len(names)}")
+    return {TOKENIZER_FILE: content}, names
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a size such as "5GB" or "200MiB" means."""
+    for unit, factor in sorted(UNITS.items(), key=lambda entry: -len(entry[0])):
+        number = text.strip().upper().removesuffix(unit.upper())
+        if number != text.strip().upper() and number.strip().isdigit() and int(number) > 0:
+            return int(number) * factor
+    raise UserError(f"--max-shard-size must be a number with one of {sorted(UNITS)}, got {text!r}")
+
+
+def to_json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

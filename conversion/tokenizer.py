@@ -1,0 +1,226 @@
+"""Meta's tokenizer.model and Hugging Face's tokenizer.json: the same byte-level BPE, both ways, without a network.
+
+A tokenizer.model of Llama 3 is tiktoken's: a line for each token, its bytes in base64 and its rank, which is its id and
+the order of the merges at once. The special tokens follow; their names stand in no file of Meta's but in its code,
+and changed between versions. (Llama 2's file under the same name is a sentencepiece model.)
+"""
+
+import base64
+import binascii
+import json
+from pathlib import Path
+
+from hf_llama3.errors import UserError
+
+from .manifest import read_json, what_became_of
+
+# llama-models 0.3.0, models/llama3/tokenizer.py, `pat_str`
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+NUM_SPECIAL_TOKENS = 256
+BEGIN_OF_TEXT, END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+)
+PADDING = "<|finetune_right_pad_id|>"
+
+# The first special tokens of each version, None where one is reserved; the rest are reserved as well. As published in
+# meta-llama/Meta-Llama-3-8B and meta-llama/Llama-3.1-8B, tokenizer.json. 3.2 and 3.3 kept 3.1's.
+NAMED = {
+    "3.0": (
+        *(BEGIN_OF_TEXT, END_OF_TEXT, None, None, None, None),
+        *("<|start_header_id|>", "<|end_header_id|>", None, END_OF_TURN),
+    ),
+    "3.1": (
+        *(BEGIN_OF_TEXT, END_OF_TEXT, None, None, PADDING, None),
+        *("<|start_header_id|>", "<|end_header_id|>", END_OF_MESSAGE, END_OF_TURN, "<|python_tag|>"),
+    ),
+}
+NAMED |= {"3.2": NAMED["3.1"], "3.3": NAMED["3.1"]}
+VERSIONS = ("2", *NAMED)
+
+
+def special_tokens(version: str) -> list[str]:
+    """List the 256 special tokens of a Llama 3 version, in the order of their ids."""
+    names, reserved = [], 0
+    for name in (*NAMED[version], *[None] * (NUM_SPECIAL_TOKENS - len(NAMED[version]))):
+        names.append(name or f"<|reserved_special_token_{reserved}|>")
+        reserved += name is None
+    return names
+
+
+def token_ids(names: list[str], first: int, instruct: bool) -> dict:
+    """Return the begin, end and padding ids that a configuration holds, given the special tokens and the first's id."""
+    ids = {name: first + index for index, name in enumerate(names)}
+    stops = [ids[name] for name in (END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN) if name in ids]
+    return {
+        "bos_token_id": ids[BEGIN_OF_TEXT],
+        "eos_token_id": stops if instruct else ids[END_OF_TEXT],
+        "pad_token_id": ids.get(PADDING),
+    }
+
+
+def token_ids_without_tokenizer(version: str) -> dict:
+    """Return the ids that a configuration holds where no tokenizer.model of Llama 3 is at hand to tell them."""
+    begin, end = (1, 2) if version == "2" else (None, None)
+    return {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": None}
+
+
+def tokenizer_kind(path: Path) -> str:
+    """Tell "tiktoken" from "sentencepiece" by the first byte: base64 is text, a sentencepiece model begins a record."""
+    if reason := what_became_of(path):
+        raise UserError(f"{path} is no tokenizer{reason}")
+    with open(path, "rb") as file:
+        return "sentencepiece" if file.read(1) == b"\n" else "tiktoken"
+
+
+def read_ranks(path: Path) -> list[bytes]:
+    """Read the tokens of a tiktoken file in the order of their ranks.
+
+    Raises:
+        UserError: a line is damaged, or the ranks are not 0, 1, 2, ...
+    """
+    tokens = []
+    try:
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            encoded, rank = line.split()
+            if int(rank) != len(tokens):
+                raise UserError(
+                    f"line {number} of {path} must have rank {len(tokens)}, got {int(rank)}; download it again"
+                )
+            tokens.append(base64.b64decode(encoded, validate=True))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (binascii.Error, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"line {number} of {path} is damaged: {line[:80]!r}; download it again") from error
+    return tokens
+
+
+def hf_tokenizer_files(
+    tokenizer_model: Path, names: list[str], config: dict, instruct: bool, chat_template: str | None = None
+) -> dict[str, str]:
+    """Make the files from which `AutoTokenizer` loads Meta's tokenizer: {file name: content}.
+
+    Args:
+        names: the special tokens in the order of their ids, which follow the ranks.
+        config: the model's configuration, for the token ids and the context window.
+        instruct: whether Llama 3's chat template is added where no other is given.
+        chat_template: another than Llama 3's.
+    """
+    from tokenizers import processors
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    count = len(read_ranks(tokenizer_model))  # its errors are sentences
+    tokenizer = TikTokenConverter(str(tokenizer_model), pattern=PATTERN, extra_special_tokens=names).converted()
+    name_of = {count + index: name for index, name in enumerate(names)}
+    begin, end, padding = (name_of.get(one_id(config[key])) for key in ("bos_token_id", "eos_token_id", "pad_token_id"))
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{begin} $A",
+                pair=f"{begin} $A {begin}:1 $B:1",
+                special_tokens=[(begin, config["bos_token_id"])],
+            ),
+        ]
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the one name that versions 4 and 5 and all engines know
+        "bos_token": begin,
+        "eos_token": end,
+        **({"pad_token": padding} if padding else {}),
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": config["max_position_embeddings"],
+        "added_tokens_decoder": {
+            str(token_id): {
+                "content": name,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+            for token_id, name in name_of.items()
+        },
+    }
+    files = {"tokenizer.json": tokenizer.to_str(pretty=True)}
+    if instruct or chat_template:
+        config["chat_template"] = files["chat_template.jinja"] = chat_template or llama3_chat_template()
+    return files | {"tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+
+
+def one_id(ids: int | list[int] | None) -> int | None:
+    """Return the id that a tokenizer appends where generation may stop at several: the last, which ends a turn."""
+    return ids[-1] if isinstance(ids, list) else ids
+
+
+def llama3_chat_template() -> str:
+    """Return the Jinja template that makes, token by token, what Meta's `ChatFormat` makes of a dialogue."""
+    return (Path(__file__).parent / "templates" / "llama3.jinja").read_text("utf-8")
+
+
+def meta_tokenizer_file(tokenizer_json: Path) -> tuple[bytes, list[str]]:
+    """Turn tokenizer.json back into Meta's tokenizer.model, byte for byte, and the names of its special tokens.
+
+    Raises:
+        UserError: the tokenizer is of another kind, so that Meta's code would split texts differently.
+    """
+    raw = read_json(tokenizer_json)
+    model, added = raw.get("model") or {}, raw.get("added_tokens") or []
+    if model.get("type") != "BPE" or PATTERN not in json_strings(raw.get("pre_tokenizer")) or raw.get("normalizer"):
+        raise UserError(f"{tokenizer_json} is not Llama 3's kind of tokenizer (byte-level BPE with Meta's pattern)")
+    to_byte = {character: byte for byte, character in byte_characters().items()}
+    try:
+        ranked = sorted(model["vocab"].items(), key=lambda entry: entry[1])
+        tokens = [bytes(to_byte[character] for character in token) for token, _ in ranked]
+        names = [entry["content"] for entry in sorted(added, key=lambda entry: entry["id"])]
+        ids = [rank for _, rank in ranked] + sorted(entry["id"] for entry in added)
+        merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{tokenizer_json} is damaged ({error!r}); download it again") from error
+    if ids != list(range(len(ids))):
+        raise UserError(f"the ids in {tokenizer_json} must be 0 to {len(ids) - 1}, special tokens last; they have gaps")
+    characters = byte_characters()
+    expected = [(spell(left, characters), spell(right, characters)) for left, right in all_merges(tokens)]
+    if merges != expected:
+        raise UserError(f"the merges in {tokenizer_json} do not follow from its ids, as they do in a tiktoken file")
+    lines = [base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens)]
+    return b"".join(lines), names
+
+
+def all_merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """List every way to make a token of two, by the token's rank, then the parts': what a tiktoken file means."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    merges = []
+    for token in tokens:
+        splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        pairs = [(ranks[left], ranks[right]) for left, right in splits if left in ranks and right in ranks]
+        merges += [(tokens[left], tokens[right]) for left, right in sorted(pairs)]
+    return merges
+
+
+def byte_characters() -> dict[int, str]:
+    """Return the printable character by which byte-level BPE spells each byte (OpenAI's GPT-2, `bytes_to_unicode`)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
+
+
+def spell(token: bytes, characters: dict[int, str]) -> str:
+    return "".join(characters[byte] for byte in token)
+
+
+def json_strings(value) -> list[str]:
+    """List every string in a JSON value."""
+    if isinstance(value, dict):
+        return [found for item in value.values() for found in json_strings(item)]
+    if isinstance(value, list):
+        return [found for item in value for found in json_strings(item)]
+    return [value] if isinstance(value, str) else []
