@@ -120,13 +120,12 @@ class TensorUnpickler(pickle.Unpickler):
         allowed = {
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): describe_tensor,
+            ("torch._utils", "_rebuild_tensor_v3"): self.refuse_type,  # for types without a storage class: float8, ...
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *unused: tensor,
+            ("torch.storage", "UntypedStorage"): None,
         }
-        if module == "torch" and name in BY_STORAGE:
-            return BY_STORAGE[name]
-        if module == "torch" and name.endswith("Storage"):
-            kinds = sorted(dtype.name for dtype in BY_STORAGE.values())
-            raise UserError(f"{self.path} holds tensors of type {name}; only {kinds} can be converted")
+        if module == "torch":
+            return BY_STORAGE.get(name, name)
         if (module, name) not in allowed:
             raise UserError(
                 f"{self.path} asks to run {module}.{name}, which no checkpoint needs; do not trust this file"
@@ -135,14 +134,21 @@ class TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid):
         kind, dtype, key, _, elements = pid
-        if kind != "storage" or not isinstance(dtype, Dtype) or not isinstance(key, str):
+        if isinstance(dtype, str):
+            self.refuse_type(dtype)
+        if kind != "storage" or not isinstance(key, str):
             raise pickle.UnpicklingError(f"persistent id {pid!r}")
         return dtype, key, elements
+
+    def refuse_type(self, *description):
+        kinds = sorted(dtype.name for dtype in BY_STORAGE.values())
+        raise UserError(f"{self.path} holds tensors of type {description[-1]}; only {kinds} can be converted")
 
 
 def describe_tensor(storage, first, shape, strides, *unused):
     dtype, key, _ = storage
-    if not all(isinstance(number, int) for number in (first, *shape, *strides)) or len(shape) != len(strides):
+    numbers = (first, *shape, *strides)
+    if not isinstance(dtype, Dtype) or not all(type(number) is int for number in numbers) or len(shape) != len(strides):
         raise pickle.UnpicklingError(f"shape {shape!r} with strides {strides!r}")
     return dtype, key, first, tuple(shape), tuple(strides)
 
