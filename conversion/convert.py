@@ -126,7 +126,11 @@ def make_plan(checkpoint, to, mp, model_type, max_shard_size) -> Plan:
     to = to or ("hf" if checkpoint.format == "meta" and mp is None else "meta")
     if to == "hf" and mp is not None:
         raise UserError(f"--mp divides a checkpoint of Meta's format, got {mp} with --to hf; use --max-shard-size")
-    return plan_hf(checkpoint, model_type, max_shard_size) if to == "hf" else plan_meta(checkpoint, mp or 1)
+    return (
+        plan_hf(checkpoint, model_type, max_shard_size)
+        if to == "hf"
+        else plan_meta(checkpoint, 1 if mp is None else mp)
+    )
 
 
 def check_target(plan: Plan, target: Path, overwrite: bool):

@@ -6,7 +6,7 @@ from pathlib import Path
 from hf_llama3.errors import UserError
 from hf_llama3.remote_code import AUTO_MAP
 
-from .manifest import read_json
+from .manifest import read_json, to_json
 
 UPSTREAM_ROPE_THETA = 10000.0  # what `model_type: llama` means where it does not say (`LlamaConfig.default_theta`)
 KNOWN_TYPES = {"llama": "LlamaForCausalLM", "llama3": "Llama3ForCausalLM"}
@@ -120,3 +120,12 @@ def generation_config(config: dict, given: dict | None) -> dict:
         return given
     ids = {key: config[key] for key in TOKEN_IDS if config[key] is not None}
     return ids | {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+
+
+def make_portable(folder: Path):
+    """Rewrite the config.json that `save_pretrained` made of this package's model as the one that every tool reads."""
+    path = folder / "config.json"
+    dtype = read_json(path).get("dtype") or "float32"
+    path.write_bytes(to_json(portable_config(read_config(path), dtype, "llama")))
+    generation = folder / "generation_config.json"
+    generation.write_bytes(to_json(generation_config(read_config(path), None)))

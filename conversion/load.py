@@ -1,13 +1,17 @@
 """A directory of Meta's straight into the model, without a conversion on disk."""
 
+import tempfile
+from pathlib import Path
+
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.errors import UserError
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 
 from .checkpoint import open_checkpoint
-from .plan import assemble
+from .plan import assemble, hf_tokenizer
 from .storage import Assembly
 from .weights import sizes
 
@@ -50,3 +54,18 @@ def load_meta(path, *, rope_factor: float | None = None, **kwargs) -> Llama3ForC
         kwargs["dtype"] = getattr(torch, checkpoint.dtype)
     config = Llama3Config(**checkpoint.config)
     return Llama3ForCausalLM.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
+
+
+def load_meta_tokenizer(path):
+    """Load the tokenizer of a directory of Meta's as transformers knows it.
+
+    Raises:
+        UserError: there is none, or it is not Llama 3's.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint.tokenizer_kind != "tiktoken":
+        raise UserError(f"{path} must hold a tokenizer.model of Llama 3, got {checkpoint.tokenizer_kind}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in hf_tokenizer(checkpoint).items():
+            (Path(folder) / name).write_bytes(content)
+        return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -56,3 +56,7 @@ def what_became_of(path: Path) -> str | None:
     if start[:15].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
         return ": it is a web page, such as a login or an expired link gives; download it again"
     return None
+
+
+def to_json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

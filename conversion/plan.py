@@ -1,6 +1,5 @@
 """What a conversion will read, write and need, worked out before it starts."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,12 +9,13 @@ from hf_llama3.remote_code import code_files
 from .checkpoint import Checkpoint
 from .hf_checkpoint import INDEX, SINGLE, SafetensorsLayout
 from .hf_config import generation_config, portable_config
+from .manifest import to_json
 from .meta_checkpoint import PARAMS_FILE, TOKENIZER_FILE
 from .params import config_to_params
 from .pth import PthLayout
 from .sidecar import SIDECAR, make_sidecar
 from .storage import Assembly, Part
-from .tokenizer import NUM_SPECIAL_TOKENS, hf_tokenizer_files, llama3_chat_template, meta_tokenizer_file
+from .tokenizer import NUM_SPECIAL_TOKENS, hf_tokenizer_files, llama3_chat_template, meta_tokenizer_file, read_ranks
 from .weights import Row, half_to_interleaved, interleaved_to_half, sizes
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -159,7 +159,11 @@ def hf_tokenizer(source: Checkpoint) -> dict[str, bytes]:
     """Make the tokenizer's files for a Hugging Face folder, or none."""
     if source.tokenizer_kind == "tiktoken":
         files = hf_tokenizer_files(
-            source.tokenizer, source.special_tokens, source.config, source.instruct, source.chat_template
+            read_ranks(source.tokenizer),
+            source.special_tokens,
+            source.config,
+            source.instruct,
+            source.chat_template,
         )
         return {name: content.encode() for name, content in files.items()}
     if source.tokenizer_kind == "tokenizer.json":
@@ -192,7 +196,3 @@ def parse_size(text: str) -> int:
         if number != text.strip().upper() and number.strip().isdigit() and int(number) > 0:
             return int(number) * factor
     raise UserError(f"--max-shard-size must be a number with one of {sorted(UNITS)}, got {text!r}")
-
-
-def to_json(value: dict) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -36,17 +36,13 @@ BY_STORAGE = {dtype.storage: dtype for dtype in DTYPES}
 
 @dataclass(eq=False)
 class SourceFile:
-    """Hold a file open for reading: mapped for rearranging, as a handle for the kernel's own copy."""
+    """A file that tensors are read from, mapped when the first of them is."""
 
     path: Path
 
     @cached_property
     def bytes(self):
         return np.memmap(self.path, dtype=np.uint8, mode="c")  # private: who writes into a view, changes no file
-
-    @cached_property
-    def handle(self):
-        return open(self.path, "rb", buffering=0)
 
 
 @dataclass(eq=False)
@@ -141,16 +137,17 @@ def row_blocks(array, width=None):
 
 def copy_range(source: SourceFile, source_offset: int, out: BinaryIO, offset: int, count: int, progress):
     """Move bytes from file to file in the kernel, or through memory where the kernel cannot."""
-    while count:
-        step = min(count, 4 * BLOCK_BYTES)
-        try:
-            moved = os.copy_file_range(source.handle.fileno(), out.fileno(), step, source_offset, offset)
-        except (AttributeError, OSError):  # another system, another file system; a full disk is met again below
-            moved = 0
-        if not moved:
-            moved = write_all(out, source.bytes[source_offset : source_offset + step], offset)
-        source_offset, offset, count = source_offset + moved, offset + moved, count - moved
-        progress(moved)
+    with open(source.path, "rb", buffering=0) as file:
+        while count:
+            step = min(count, 4 * BLOCK_BYTES)
+            try:
+                moved = os.copy_file_range(file.fileno(), out.fileno(), step, source_offset, offset)
+            except (AttributeError, OSError):  # another system, another file system; a full disk is met again below
+                moved = 0
+            if not moved:
+                moved = write_all(out, source.bytes[source_offset : source_offset + step], offset)
+            source_offset, offset, count = source_offset + moved, offset + moved, count - moved
+            progress(moved)
 
 
 def write_all(out: BinaryIO, block, offset: int) -> int:

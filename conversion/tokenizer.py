@@ -42,6 +42,7 @@ NAMED = {
 }
 NAMED |= {"3.2": NAMED["3.1"], "3.3": NAMED["3.1"]}
 VERSIONS = ("2", *NAMED)
+SPECIAL = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 
 
 def special_tokens(version: str) -> list[str]:
@@ -102,35 +103,26 @@ def read_ranks(path: Path) -> list[bytes]:
     return tokens
 
 
+def tiktoken_file(tokens: list[bytes]) -> bytes:
+    """Write the tokens in the order of their ranks as Meta's tokenizer.model."""
+    return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens))
+
+
 def hf_tokenizer_files(
-    tokenizer_model: Path, names: list[str], config: dict, instruct: bool, chat_template: str | None = None
+    tokens: list[bytes], names: list[str], config: dict, instruct: bool, chat_template: str | None = None
 ) -> dict[str, str]:
     """Make the files from which `AutoTokenizer` loads Meta's tokenizer: {file name: content}.
 
     Args:
+        tokens: in the order of their ranks.
         names: the special tokens in the order of their ids, which follow the ranks.
         config: the model's configuration, for the token ids and the context window.
         instruct: whether Llama 3's chat template is added where no other is given.
         chat_template: another than Llama 3's.
     """
-    from tokenizers import processors
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    count = len(read_ranks(tokenizer_model))  # its errors are sentences
-    tokenizer = TikTokenConverter(str(tokenizer_model), pattern=PATTERN, extra_special_tokens=names).converted()
-    name_of = {count + index: name for index, name in enumerate(names)}
+    name_of = {len(tokens) + index: name for index, name in enumerate(names)}
     begin, end, padding = (name_of.get(one_id(config[key])) for key in ("bos_token_id", "eos_token_id", "pad_token_id"))
-    tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single=f"{begin} $A",
-                pair=f"{begin} $A {begin}:1 $B:1",
-                special_tokens=[(begin, config["bos_token_id"])],
-            ),
-        ]
-    )
-    config = {
+    tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the one name that versions 4 and 5 and all engines know
         "bos_token": begin,
         "eos_token": end,
@@ -138,22 +130,41 @@ def hf_tokenizer_files(
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config["max_position_embeddings"],
-        "added_tokens_decoder": {
-            str(token_id): {
-                "content": name,
-                "lstrip": False,
-                "normalized": False,
-                "rstrip": False,
-                "single_word": False,
-                "special": True,
-            }
-            for token_id, name in name_of.items()
-        },
+        "added_tokens_decoder": {str(token_id): SPECIAL | {"content": name} for token_id, name in name_of.items()},
     }
-    files = {"tokenizer.json": tokenizer.to_str(pretty=True)}
+    files = {"tokenizer.json": build_tokenizer(tokens, names, begin).to_str(pretty=True)}
     if instruct or chat_template:
-        config["chat_template"] = files["chat_template.jinja"] = chat_template or llama3_chat_template()
-    return files | {"tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+        tokenizer_config["chat_template"] = files["chat_template.jinja"] = chat_template or llama3_chat_template()
+    return files | {"tokenizer_config.json": json.dumps(tokenizer_config, indent=2, ensure_ascii=False) + "\n"}
+
+
+def build_tokenizer(tokens: list[bytes], names: list[str], begin: str):
+    """Build the `tokenizers.Tokenizer` that gives Meta's ids, with the token `begin` before every text."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    characters = byte_characters()
+    vocab = {spell(token, characters): rank for rank, token in enumerate(tokens)}
+    merges = [(spell(left, characters), spell(right, characters)) for left, right in all_merges(tokens)]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, **SPECIAL) for name in names])
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{begin} $A",
+                pair=f"{begin} $A {begin}:1 $B:1",
+                special_tokens=[(begin, tokenizer.token_to_id(begin))],
+            ),
+        ]
+    )
+    return tokenizer
 
 
 def one_id(ids: int | list[int] | None) -> int | None:
@@ -191,8 +202,7 @@ def meta_tokenizer_file(tokenizer_json: Path) -> tuple[bytes, list[str]]:
     expected = [(spell(left, characters), spell(right, characters)) for left, right in all_merges(tokens)]
     if merges != expected:
         raise UserError(f"the merges in {tokenizer_json} do not follow from its ids, as they do in a tiktoken file")
-    lines = [base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens)]
-    return b"".join(lines), names
+    return tiktoken_file(tokens), names
 
 
 def all_merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:

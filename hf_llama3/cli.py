@@ -149,6 +149,104 @@ def verify(
         raise typer.Exit(1)
 
 
+@command("hf-llama3 train --text tinyshakespeare.txt --output runs/shakespeare")
+def train(
+    text: Annotated[Path, typer.Option(help="Text in UTF-8.")],
+    output: Annotated[Path, typer.Option(help="Model folder to make.")],
+    tokenizer: Annotated[str, typer.Option(help="bpe:N, a byte-level BPE of N tokens.")] = "bpe:2048",
+    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 4,
+    hidden_size: Annotated[int, typer.Option(help="Width.")] = 192,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 6,
+    kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = 2,
+    context: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
+    batch_size: Annotated[int, typer.Option(help="Windows per step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's, at its peak.")] = 3e-3,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the model, as the Hub knows it.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and windows.")] = 0,
+    as_json: JsonFlag = False,
+):
+    """Train a Llama 3 from scratch on a text and leave a model folder."""
+    from .model_card import build_card
+    from .training import train
+
+    report = train(
+        text,
+        output,
+        tokenizer=tokenizer,
+        layers=layers,
+        hidden_size=hidden_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        context=context,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        eval_every=eval_every,
+        seed=seed,
+        progress=True,
+    ).to_dict()
+    if license is not None:
+        (output / "README.md").write_text(build_card(output, license), "utf-8")
+    if as_json:
+        print_json(report)
+        return
+    report.pop("curves")
+    print_table(report)
+
+
+@command("hf-llama3 generate llama-3-8b 'The capital of France is' --max-new-tokens 20")
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder of either format, or a name on the Hub.")],
+    prompt: Annotated[str | None, typer.Argument(help="Text to complete.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with a prompt on each line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most, for each prompt.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.")] = None,
+    as_json: JsonFlag = False,
+):
+    """Complete a prompt, or each line of a file."""
+    if (prompt is None) == (prompts is None):
+        raise UserError("give either a prompt or --prompts with a file")
+    from .generation import generate_text, load_model
+
+    texts = [prompt] if prompts is None else read_lines(prompts)
+    loaded, tokenizer = load_model(model, dtype)
+    completions = generate_text(loaded, tokenizer, texts, max_new_tokens, temperature, top_p, seed, stop)
+    if as_json:
+        print_json([completion.to_dict() for completion in completions])
+        return
+    for completion in completions:
+        print(completion.prompt + completion.text)
+
+
+@command("hf-llama3 card runs/shakespeare --license apache-2.0")
+def card(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
+    license: Annotated[str | None, typer.Option(help="As the Hub knows it; the folder's own if omitted.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write; standard output if omitted.")] = None,
+):
+    """Make the model card of a folder from what its files say."""
+    from .model_card import build_card
+
+    content = build_card(folder, license)
+    if output is None:
+        print(content, end="")
+    else:
+        output.write_text(content, "utf-8")
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
 def print_json(value):
     print(json.dumps(value, indent=2, ensure_ascii=False))
 

@@ -48,7 +48,8 @@ def corpus():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     names = ours.special_tokens("3.1")
-    for name, content in ours.hf_tokenizer_files(real_tokenizer(), names, CONFIG, instruct=True).items():
+    tokens = ours.read_ranks(real_tokenizer())
+    for name, content in ours.hf_tokenizer_files(tokens, names, CONFIG, instruct=True).items():
         (folder / name).write_text(content, "utf-8")
     return folder
 
@@ -73,6 +74,15 @@ def test_ids_are_metas(folder, theirs):
     plain = TikTokenConverter(str(real_tokenizer()), pattern=ours.PATTERN).converted()
     for text, expected in zip(corpus(), theirs["texts"], strict=True):
         assert [128000, *plain.encode(text).ids] == expected, text
+
+
+def test_same_as_the_library_converter(folder):
+    """`TikTokenConverter` makes the same of Meta's file, save that it puts no token before a text."""
+    names = ours.special_tokens("3.1")
+    theirs = TikTokenConverter(str(real_tokenizer()), pattern=ours.PATTERN, extra_special_tokens=names).converted()
+    theirs, mine = json.loads(theirs.to_str()), json.loads((folder / "tokenizer.json").read_text())
+    assert theirs.pop("post_processor") == mine.pop("post_processor")["processors"][0]
+    assert mine == theirs
 
 
 def test_decoding_gives_the_text_back(folder):
@@ -175,7 +185,8 @@ def small(path):
 @pytest.fixture
 def small_json(tmp_path):
     config = CONFIG | {"bos_token_id": 260, "eos_token_id": 261, "pad_token_id": None}
-    files = ours.hf_tokenizer_files(small(tmp_path / "tokenizer.model"), ours.special_tokens("3.0"), config, False)
+    tokens = ours.read_ranks(small(tmp_path / "tokenizer.model"))
+    files = ours.hf_tokenizer_files(tokens, ours.special_tokens("3.0"), config, instruct=False)
     (tmp_path / "tokenizer.json").write_text(files["tokenizer.json"])
     assert "chat_template.jinja" not in files and "pad_token" not in files["tokenizer_config.json"].split("added")[0]
     return tmp_path / "tokenizer.json"

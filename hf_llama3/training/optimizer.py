@@ -1,0 +1,55 @@
+"""Muon for the matrices between the layers, AdamW for everything else, as one optimiser.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest
+orthogonal matrix. It learns much more from few steps than AdamW, and is not meant for embeddings, norms and biases.
+"""
+
+import torch
+from torch.optim import AdamW, Muon, Optimizer
+
+EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+class MuonWithAdamW(Optimizer):
+    """Step both at once; schedulers and checkpoints see one list of parameter groups and one state.
+
+    Args:
+        learning_rate: AdamW's.
+        matrix_learning_rate: Muon's.
+    """
+
+    def __init__(self, model, learning_rate, matrix_learning_rate, weight_decay=0.1, betas=(0.9, 0.99)):
+        matrices, others = divide(model)
+        self.parts = (
+            Muon(matrices, lr=matrix_learning_rate, weight_decay=weight_decay),
+            AdamW(others, lr=learning_rate, betas=betas, weight_decay=0.0),
+        )
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self):
+        """Let the parts work on this optimiser's groups and state."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def divide(model) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """Separate the layers' matrices from embeddings, output head and norms."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and not any(part in name for part in EMBEDDINGS)
+        (matrices if is_matrix else others).append(parameter)
+    return matrices, others

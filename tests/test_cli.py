@@ -1,0 +1,363 @@
+"""The command line: what it prints, how it exits, and what a user does wrong."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from checkpoints import hf_model, params, real_tokenizer, write_meta
+from command_line import refuse, run
+from safetensors.torch import load_file, save_file
+
+from hf_llama3.cli import app
+from hf_llama3.training.data import read_text
+from hf_llama3.training.tokenizer import make_tokenizer, train_bpe
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 400
+
+
+@pytest.fixture
+def meta(tmp_path):
+    write_meta(tmp_path / "meta", params())
+    return tmp_path / "meta"
+
+
+@pytest.fixture
+def hf(tmp_path):
+    hf_model().save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A model folder with a tokenizer, and the same in Meta's format."""
+    folder = tmp_path_factory.mktemp("talker") / "hf"
+    folder.mkdir()
+    files, vocabulary = make_tokenizer(train_bpe([TEXT], 600), context=64)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    hf_model(**vocabulary, max_position_embeddings=64, dtype=torch.float32).save_pretrained(folder)
+    run("convert", folder, folder.parent / "meta")
+    return folder
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# What works
+
+
+def test_version_and_help():
+    assert run("--version").stdout.startswith("hf-llama3 0.")
+    started = time.perf_counter()
+    help_text = run("--help").stdout
+    assert time.perf_counter() - started < 10  # about 0.3 s on an idle machine; this only catches an import of torch
+    for command in ("quickstart", "inspect", "convert", "verify", "generate", "train", "card"):
+        assert command in help_text
+        assert f"Example: hf-llama3 {command}" in " ".join(run(command, "--help").stdout.split())
+
+
+@pytest.mark.parametrize("command", ["--help", "inspect", "convert", "verify"])
+def test_light_commands_import_neither_torch_nor_transformers(command, meta, tmp_path):
+    arguments = {
+        "--help": ["--help"],
+        "inspect": ["inspect", str(meta)],
+        "convert": ["convert", str(meta), str(tmp_path / "hf")],
+        "verify": ["verify", str(meta), str(meta)],
+    }[command]
+    code = (
+        f"import sys; sys.argv = ['hf-llama3', *{arguments!r}]\n"
+        "from hf_llama3.cli import app\n"
+        "try: app()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys(), [m for m in sys.modules if m.startswith('t')]"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_inspect(meta):
+    info = json.loads(run("inspect", meta, "--json").stdout)
+    assert (info["format"], info["num_shards"], info["dtype"], info["tied"]) == ("meta", 1, "bfloat16", False)
+    assert info["config"]["num_key_value_heads"] == 4
+    assert any("no tokenizer" in sentence for sentence in info["inferred"])
+    assert "num parameters" in run("inspect", meta).stdout
+
+
+def test_convert_both_ways_and_verify(meta, tmp_path):
+    report = json.loads(run("convert", meta, tmp_path / "hf", "--json").stdout)
+    assert report["verification"]["ok"] and "model.safetensors" in report["files"]
+    assert "21 tensors bit-equal" in run("convert", tmp_path / "hf", tmp_path / "again", "--to", "meta").stdout
+    assert json.loads(run("verify", meta, tmp_path / "again", "--json").stdout)["ok"]
+    assert "ok" in run("verify", meta, tmp_path / "again").stdout
+
+
+def test_dry_run_writes_nothing(meta, tmp_path):
+    report = json.loads(run("convert", meta, tmp_path / "hf", "--dry-run", "--json").stdout)
+    assert report["dry_run"] and report["tensors"] == 21 and report["verification"] is None
+    assert not list(tmp_path.glob("hf*"))
+
+
+def test_verify_says_no(meta, tmp_path):
+    run("convert", meta, tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["model.norm.weight"][3] += 1
+    save_file(weights, tmp_path / "hf" / "model.safetensors")
+    result = run("verify", meta, tmp_path / "hf", code=1)
+    assert "Different: model.norm.weight: other values" in result.stdout
+
+
+@pytest.mark.parametrize("form", ["hf", "meta"])
+def test_generate(form, talker):
+    folder = talker.parent / form
+    completions = json.loads(run("generate", folder, "The quick", "--max-new-tokens", 5, "--json").stdout)
+    assert [completion["prompt"] for completion in completions] == ["The quick"]
+    assert 0 < len(completions[0]["token_ids"]) <= 5
+    again = run("generate", folder, "The quick", "--max-new-tokens", 5).stdout
+    assert again == "The quick" + completions[0]["text"] + "\n"
+
+
+def test_generate_from_a_file(talker, tmp_path):
+    (tmp_path / "prompts.txt").write_text("The\nThe quick brown fox\n")
+    arguments = ["--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 8, "--json"]
+    together = json.loads(run("generate", talker, *arguments).stdout)
+    assert [completion["prompt"] for completion in together] == ["The", "The quick brown fox"]
+    for completion in together:
+        alone = json.loads(run("generate", talker, completion["prompt"], "--max-new-tokens", 8, "--json").stdout)
+        assert alone == [completion]
+    sampled = [run("generate", talker, *arguments, "--temperature", 1, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_train_and_card(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    shape = ["--layers", 1, "--hidden-size", 32, "--heads", 2, "--kv-heads", 1, "--context", 16]
+    report = json.loads(
+        run(
+            *("train", "--text", tmp_path / "text.txt", "--output", tmp_path / "out", *shape, "--steps", 3),
+            *("--tokenizer", "bpe:530", "--license", "mit", "--json"),
+        ).stdout
+    )
+    assert report["steps"] == 3 and report["vocab_size"] == 530
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+    card = run("card", tmp_path / "out").stdout
+    assert card.startswith("---\nlicense: mit\n") and "3 steps of" in card
+    run("card", tmp_path / "out", "--license", "apache-2.0", "--output", tmp_path / "card.md")
+    assert (tmp_path / "card.md").read_text().startswith("---\nlicense: apache-2.0\n")
+    run("convert", tmp_path / "out", tmp_path / "meta", "--mp", 1)
+    run("generate", tmp_path / "meta", "The quick", "--max-new-tokens", 3)
+
+
+# What a user does wrong: one sentence, exit 2, nothing written or changed
+
+
+def refused_without_a_trace(tmp_path, *arguments):
+    before = snapshot(tmp_path)
+    sentence = refuse(*arguments)
+    assert snapshot(tmp_path) == before
+    return sentence
+
+
+def test_missing_folder(tmp_path):
+    sentence = refused_without_a_trace(tmp_path, "convert", tmp_path / "nothing", tmp_path / "out")
+    assert sentence == f"error: {tmp_path}/nothing does not exist; pass the folder of a checkpoint"
+
+
+def test_file_for_a_folder(meta, tmp_path):
+    sentence = refused_without_a_trace(tmp_path, "inspect", meta / "consolidated.00.pth")
+    assert sentence.endswith(f"is a file; pass the folder that holds it, {meta}")
+
+
+def test_neither_format(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "is neither a Hugging Face folder (config.json) nor one of Meta's (params.json); it holds nothing" in (
+        refused_without_a_trace(tmp_path, "inspect", tmp_path / "empty")
+    )
+
+
+def test_shards_without_params(meta, tmp_path):
+    (meta / "params.json").unlink()
+    assert "holds 1 .pth files but no params.json" in refused_without_a_trace(tmp_path, "inspect", meta)
+
+
+def test_params_without_shards(meta, tmp_path):
+    (meta / "consolidated.00.pth").unlink()
+    assert "holds no consolidated.00.pth" in refused_without_a_trace(tmp_path, "convert", meta, tmp_path / "out")
+
+
+def test_missing_shard(tmp_path):
+    write_meta(tmp_path / "meta", params(), mp=4)
+    (tmp_path / "meta" / "consolidated.02.pth").unlink()
+    sentence = refused_without_a_trace(tmp_path, "convert", tmp_path / "meta", tmp_path / "out")
+    assert "lacks consolidated.02.pth of 4 shards" in sentence
+
+
+def test_adapter(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    assert "is an adapter, not a model; merge it" in refused_without_a_trace(tmp_path, "inspect", tmp_path / "lora")
+
+
+def test_pickled_weights(hf, tmp_path):
+    (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
+    assert "holds its weights as .bin" in refused_without_a_trace(tmp_path, "convert", hf, tmp_path / "out")
+
+
+def test_configuration_without_weights(hf, tmp_path):
+    (hf / "model.safetensors").unlink()
+    assert "no model.safetensors and no" in refused_without_a_trace(tmp_path, "convert", hf, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_size", 128, "config.json makes model.embed_tokens.weight [512, 128], but it is [512, 64]"),
+        ("num_hidden_layers", 3, "lacks 9 tensors: 'model.layers.2.input_layernorm.weight'"),
+        ("num_hidden_layers", 1, "holds unknown 9 tensors: 'model.layers.1.input_layernorm.weight'"),
+        (
+            "num_key_value_heads",
+            8,
+            "config.json makes model.layers.0.self_attn.k_proj.weight [64, 64], but it is [32, 64]",
+        ),
+        ("intermediate_size", 100, "config.json makes model.layers.0.mlp.gate_proj.weight [100, 64]"),
+        ("tie_word_embeddings", True, "config.json ties lm_head.weight to model.embed_tokens.weight"),
+    ],
+)
+def test_configuration_against_tensors(key, value, message, hf, tmp_path):
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {key: value}))
+    assert message in refused_without_a_trace(tmp_path, "convert", hf, tmp_path / "out")
+
+
+def test_params_against_tensors(meta, tmp_path):
+    (meta / "params.json").write_text(json.dumps(params(kv_heads=2)))
+    sentence = refused_without_a_trace(tmp_path, "convert", meta, tmp_path / "out")
+    assert "params.json makes model.layers.0.self_attn.k_proj.weight [16, 64], but it is [32, 64]" in sentence
+    assert "in consolidated.00.pth" in sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("norm.weight"), "lacks 1 tensor: 'norm.weight'"),
+        (lambda w: w.update(extra=torch.zeros(2)), "holds unknown 1 tensor: 'extra'"),
+        (lambda w: w.update({"norm.weight": torch.zeros(65)}), "makes model.norm.weight [64], but it is [65]"),
+        (lambda w: w.pop("tok_embeddings.weight"), "lacks 1 tensor: 'tok_embeddings.weight'"),
+    ],
+)
+def test_tensors_of_meta(change, message, meta, tmp_path):
+    weights = torch.load(meta / "consolidated.00.pth", weights_only=True)
+    change(weights)
+    torch.save(weights, meta / "consolidated.00.pth")
+    assert message in refused_without_a_trace(tmp_path, "convert", meta, tmp_path / "out")
+
+
+def test_target_exists(meta, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep me")
+    sentence = refused_without_a_trace(tmp_path, "convert", meta, tmp_path / "out")
+    assert sentence.endswith("out already exists; choose another target or add --overwrite")
+    run("convert", meta, tmp_path / "out", "--overwrite")
+    assert not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "config.json").exists()
+
+
+def test_empty_target_is_taken(meta, tmp_path):
+    (tmp_path / "out").mkdir()
+    run("convert", meta, tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", ["meta", "meta/inside", "."])
+def test_target_within_source(target, meta, tmp_path):
+    sentence = refused_without_a_trace(tmp_path, "convert", meta, tmp_path / target, "--overwrite")
+    assert "must be apart; choose another target" in sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mp", 3], "--mp must divide `num_attention_heads` 8"),
+        (["--mp", 0], "--mp must divide `num_attention_heads` 8"),
+        (["--to", "gguf"], "--to must be 'hf' or 'meta', got 'gguf'"),
+        (["--as", "mistral"], "--as must be 'llama' or 'llama3', got 'mistral'"),
+        (["--to", "hf", "--mp", 2], "--mp divides a checkpoint of Meta's format, got 2 with --to hf"),
+        (["--llama-version", "5"], "--llama-version must be one of"),
+        (["--max-shard-size", "lots"], "--max-shard-size must be a number with one of"),
+    ],
+)
+def test_impossible_options(options, message, meta, tmp_path):
+    assert message in refused_without_a_trace(tmp_path, "convert", meta, tmp_path / "out", *options)
+
+
+def test_rope_factor_is_asked_for(tmp_path):
+    write_meta(tmp_path / "meta", params(use_scaled_rope=True))
+    sentence = refused_without_a_trace(tmp_path, "convert", tmp_path / "meta", tmp_path / "out")
+    assert "add --rope-factor (8 in Llama 3.1 and 3.3, 32 in Llama 3.2)" in sentence
+    run("convert", tmp_path / "meta", tmp_path / "out", "--rope-factor", 8)
+
+
+def test_tokenizer_of_another_model(tmp_path):
+    write_meta(tmp_path / "meta", params(), tokenizer=real_tokenizer())
+    sentence = refused_without_a_trace(tmp_path, "convert", tmp_path / "meta", tmp_path / "out")
+    assert "makes 128256 ids, but the embedding has 512 rows; it belongs to another model" in sentence
+
+
+def test_prompt_beyond_the_context(talker):
+    sentence = refuse("generate", talker, "The quick brown fox " * 30, "--max-new-tokens", 5)
+    assert "must fit the model's context of 64; shorten the prompt or lower --max-new-tokens" in sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either a prompt or --prompts with a file"),
+        (["hi", "--prompts", "x"], "give either a prompt or --prompts with a file"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["hi", "--dtype", "int3"], "--dtype must be auto or a type such as bfloat16, got 'int3'"),
+    ],
+)
+def test_impossible_generation(options, message, talker):
+    assert message in refuse("generate", talker, *options)
+
+
+def test_model_without_tokenizer(meta):
+    assert "must hold a tokenizer.model of Llama 3, got None" in refuse("generate", meta, "hi")
+
+
+def test_unknown_model():
+    assert "no/such-model cannot be loaded" in refuse("generate", "no/such-model", "hi")
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"\xff\xfea\x00", [], "must be text in UTF-8, but byte 0 is 0xff; convert it first"),
+        (b"  \n", [], "must hold text, got 3 characters of white space"),
+        (b"short", ["--tokenizer", "bpe:560"], "is too short for windows of 128 tokens"),
+        (TEXT.encode(), ["--tokenizer", "bpe:10"], "bpe:N must have at least 512 tokens"),
+        (TEXT.encode(), ["--heads", 5], "no model has this shape: `hidden_size` must be a multiple of"),
+        (TEXT.encode(), ["--kv-heads", 4], "no model has this shape: `num_attention_heads` must be a multiple of"),
+        (TEXT.encode(), ["--tokenizer", "word"], "--tokenizer must be bpe:N with a number of tokens, got 'word'"),
+    ],
+)
+def test_impossible_training(content, options, message, tmp_path):
+    (tmp_path / "text.txt").write_bytes(content)
+    arguments = ["train", "--text", tmp_path / "text.txt", "--output", tmp_path / "out"]
+    assert message in refused_without_a_trace(tmp_path, *arguments, *options)
+
+
+def test_card_needs_a_licence(hf, meta):
+    assert "has no licence yet; add --license with the one you choose" in refuse("card", hf)
+    assert "is in Meta's format; convert it first" in refuse("card", meta, "--license", "mit")
+
+
+def test_every_command_is_tested():
+    names = {command.callback.__name__ for command in app.registered_commands}
+    assert names == {"quickstart", "inspect", "convert", "verify", "generate", "train", "card"}
+
+
+def test_text_is_read_as_it_is(tmp_path):
+    (tmp_path / "text.txt").write_bytes("ä\r\nb".encode())
+    assert read_text(tmp_path / "text.txt") == "ä\r\nb"
