@@ -174,7 +174,7 @@ def one_id(ids: int | list[int] | None) -> int | None:
 
 def llama3_chat_template() -> str:
     """Return the Jinja template that makes, token by token, what Meta's `ChatFormat` makes of a dialogue."""
-    return (Path(__file__).parent / "templates" / "llama3.jinja").read_text("utf-8")
+    return (Path(__file__).parent / "llama3.jinja").read_text("utf-8")
 
 
 def meta_tokenizer_file(tokenizer_json: Path) -> tuple[bytes, list[str]]:

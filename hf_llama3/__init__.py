@@ -17,6 +17,7 @@ _HOMES = {
     "Llama3ForSequenceClassification": "modeling_llama3",
     "Llama3ForTokenClassification": "modeling_llama3",
     "Llama3ForQuestionAnswering": "modeling_llama3",
+    "load_meta": "conversion.load",
 }
 _SUBPACKAGES = ("conversion", "generation", "model_card", "training")
 

@@ -21,15 +21,15 @@ class Llama3RotaryEmbedding(nn.Module):
     attributes' names are those that `PreTrainedModel._init_weights` and `dynamic_rope_update` read.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, device=None):
         super().__init__()
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
         self.original_max_seq_len = config.max_position_embeddings
         self.max_seq_len_cached = config.max_position_embeddings
         inv_freq, self.attention_scaling = self.compute_inverse_frequencies()
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+        self.register_buffer("inv_freq", inv_freq.to(device), persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.to(device, copy=True), persistent=False)
 
     @torch.no_grad()
     @dynamic_rope_update  # recomputes `inv_freq` for the types that depend on the sequence's length

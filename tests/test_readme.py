@@ -1,0 +1,80 @@
+"""Every command that the README shows, run as it stands, on a small model and text under the names it uses."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+from checkpoints import params, real_tokenizer, write_meta
+
+from hf_llama3.cli import app
+from hf_llama3.quickstart import python_documentation
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.DOTALL)
+SET_UP = "pip install -c constraints.txt"  # run by .ci/run, in new environments
+
+
+def blocks():
+    return [match.groupdict() for match in BLOCK.finditer((ROOT / "README.md").read_text("utf-8"))]
+
+
+def commands(block):
+    """Split a shell block into its commands; a Python block has none."""
+    lines = block["code"].splitlines() if block["language"] == "bash" else []
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    write_meta(folder / "Meta-Llama-3-8B", params(vocab=128256), tokenizer=real_tokenizer())
+    (folder / "my-text.txt").write_text(python_documentation()[:200_000], "utf-8")
+    return folder
+
+
+def test_every_block_runs(workplace):
+    """In the order of the README, since later blocks use what earlier ones made."""
+    ran = 0
+    for block in blocks():
+        if block["reason"] or SET_UP in block["code"]:
+            continue
+        if block["language"] == "python":
+            lines = [[sys.executable, "-c", block["code"]]]
+        else:
+            lines = [[sys.executable, "-m", "hf_llama3", *command[1:]] for command in commands(block)]
+            assert all(command[0] == "hf-llama3" for command in commands(block)), block["code"]
+        for line in lines:
+            result = subprocess.run(line, capture_output=True, text=True, cwd=workplace, check=False)
+            assert result.returncode == 0, f"{line}\n{result.stderr}"
+            ran += 1
+    assert ran >= 12
+
+
+def test_options_of_every_block_exist():
+    """Of those that are not run as well: no option is shown that the command line does not have."""
+    group = typer.main.get_command(app)
+    for block in blocks():
+        for name, *options in (command[1:] for command in commands(block) if command[0] == "hf-llama3"):
+            group.commands[name].make_context(name, options).close()
+
+
+def test_every_command_is_shown():
+    text = (ROOT / "README.md").read_text("utf-8")
+    for command in app.registered_commands:
+        assert f"hf-llama3 {command.callback.__name__}" in text
+
+
+def test_file_tree_is_true():
+    """Every file of the package stands in the tree, and nothing that is gone."""
+    tree = (ROOT / "README.md").read_text("utf-8").split("## Where things are")[1]
+    named = set(re.findall(r"[\w/]+\.py", tree))
+    own = {"__init__.py", "__main__.py", "errors.py", "manifest.py", "storage.py"}
+    files = {path.name for folder in ("hf_llama3", "conversion") for path in (ROOT / folder).glob("*.py")} - own
+    assert files <= named, files - named
+    for name in named:
+        places = [ROOT / name, ROOT / "hf_llama3" / name, ROOT / "conversion" / name]
+        assert any(place.exists() for place in places), name
