@@ -8,15 +8,17 @@ registered in `ALL_ATTENTION_FUNCTIONS` take its place by the configuration's `a
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .configuration_llama3 import Llama3Config
 from .rotary import rotate
 
 
 class Llama3Attention(nn.Module):
     """Let every token read from the tokens before it, through H queries that share K keys and values."""
 
-    def __init__(self, config, layer_idx):
+    def __init__(self, config: Llama3Config, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx  # this layer's place in the cache
@@ -33,7 +35,14 @@ class Llama3Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the block's output (B, T, E) and, from implementations that have them, the weights (B, H, T, S)."""
         batch_and_tokens = hidden_states.shape[:-1]
         heads = (
@@ -63,7 +72,16 @@ class Llama3Attention(nn.Module):
         return self.o_proj(output.reshape(*batch_and_tokens, -1).contiguous()), weights
 
 
-def attention_forward(module, queries, keys, values, attention_mask, scaling, dropout=0.0, **kwargs):
+def attention_forward(
+    module: Llama3Attention,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute softmax(q k^T * scaling + mask) v; the mask (B, 1, T, S) holds 0 where a key may be seen, else -inf."""
     keys = repeat_heads(keys, module.num_key_value_groups)  # (B, H, S, D)
     values = repeat_heads(values, module.num_key_value_groups)  # (B, H, S, D)
@@ -75,6 +93,6 @@ def attention_forward(module, queries, keys, values, attention_mask, scaling, dr
     return (weights @ values).transpose(1, 2).contiguous(), weights  # (B, T, H, D)
 
 
-def repeat_heads(x, times):
+def repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
     """Repeat every key/value head for the query heads that share it: (B, K, S, D) -> (B, K * times, S, D)."""
     return x if times == 1 else x.repeat_interleave(times, dim=1)

@@ -8,7 +8,7 @@ upstream's `modeling_llama`, so that every Llama checkpoint, adapter and paralle
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
@@ -33,14 +33,14 @@ from .rotary import Llama3RotaryEmbedding
 class Llama3DecoderLayer(GradientCheckpointingLayer):
     """Add to the residual stream what attention reads from other tokens, then what the feed-forward makes of each."""
 
-    def __init__(self, config, layer_idx):
+    def __init__(self, config: Llama3Config, layer_idx: int):
         super().__init__()
         self.self_attn = Llama3Attention(config, layer_idx)
         self.mlp = Llama3MLP(config)
         self.input_layernorm = Llama3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Llama3RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -64,7 +64,7 @@ class Llama3PreTrainedModel(PreTrainedModel):
 class Llama3Model(Llama3PreTrainedModel):
     """Embed the tokens, run the decoder layers, normalise: token ids (B, T) to hidden states (B, T, E)."""
 
-    def __init__(self, config):
+    def __init__(self, config: Llama3Config):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -79,14 +79,14 @@ class Llama3Model(Llama3PreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         **kwargs,
-    ):
+    ) -> BaseModelOutputWithPast:
         """Return the last hidden state (B, T, E), the cache, and on request every layer's states and weights.
 
         Exactly one of `input_ids` (B, T) and `inputs_embeds` (B, T, E) is given. `attention_mask` is (B, S) with zeros
@@ -134,7 +134,7 @@ class Llama3ForCausalLM(Llama3PreTrainedModel, GenerationMixin):
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
-    def __init__(self, config):
+    def __init__(self, config: Llama3Config):
         super().__init__(config)
         self.model = Llama3Model(config)
         self.vocab_size = config.vocab_size
@@ -144,16 +144,16 @@ class Llama3ForCausalLM(Llama3PreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
-    ):
+    ) -> CausalLMOutputWithPast:
         """Return logits and, given `labels` (B, T), the mean cross-entropy of a token given those before it, in nats.
 
         `labels` are the input ids themselves (the loss shifts them), -100 where a token does not count.
@@ -186,7 +186,7 @@ class Llama3ForCausalLM(Llama3PreTrainedModel, GenerationMixin):
 class Llama3ForSequenceClassification(GenericForSequenceClassification, Llama3PreTrainedModel):
     """Score a whole text by its last token: token ids (B, T) to logits (B, num_labels)."""
 
-    def __init__(self, config):
+    def __init__(self, config: Llama3Config):
         Llama3PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = Llama3Model(config)
@@ -197,7 +197,7 @@ class Llama3ForSequenceClassification(GenericForSequenceClassification, Llama3Pr
 class Llama3ForTokenClassification(GenericForTokenClassification, Llama3PreTrainedModel):
     """Score every token: token ids (B, T) to logits (B, T, num_labels)."""
 
-    def __init__(self, config):
+    def __init__(self, config: Llama3Config):
         Llama3PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = Llama3Model(config)
@@ -211,14 +211,14 @@ class Llama3ForQuestionAnswering(GenericForQuestionAnswering, Llama3PreTrainedMo
 
     base_model_prefix = "transformer"  # the name that upstream's question-answering checkpoints carry
 
-    def __init__(self, config):
+    def __init__(self, config: Llama3Config):
         Llama3PreTrainedModel.__init__(self, config)
         self.transformer = Llama3Model(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
 
-def select_positions(hidden_states, logits_to_keep):
+def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """Cut (B, T, E) down to the positions asked for, before the largest matrix multiplication of the model.
 
     An int keeps that many of the last positions (0: all), a 1-D tensor those positions in every row, a 2-D integer

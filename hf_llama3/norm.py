@@ -8,12 +8,12 @@ from torch import nn
 class Llama3RMSNorm(nn.Module):
     """Scale each vector to a root mean square of one, then by a learned weight per channel: x / rms(x) * weight."""
 
-    def __init__(self, hidden_size, eps):
+    def __init__(self, hidden_size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Normalise in float32, round to the input's dtype, then scale: another order (`F.rms_norm`) gives other bits.
         wide = x.float()
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)

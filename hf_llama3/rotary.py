@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from .configuration_llama3 import Llama3Config
+
 
 class Llama3RotaryEmbedding(nn.Module):
     """Turn positions into the cosines and sines of every pair's angle, once for all layers.
@@ -21,7 +23,7 @@ class Llama3RotaryEmbedding(nn.Module):
     attributes' names are those that `PreTrainedModel._init_weights` and `dynamic_rope_update` read.
     """
 
-    def __init__(self, config, device=None):
+    def __init__(self, config: Llama3Config, device=None):
         super().__init__()
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
@@ -33,14 +35,14 @@ class Llama3RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     @dynamic_rope_update  # recomputes `inv_freq` for the types that depend on the sequence's length
-    def forward(self, x, position_ids):
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin in the dtype of `x`, each (B, T, D/2), for `position_ids` (B, T)."""
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device)  # (B, T, D/2), radians
         cos = angles.cos() * self.attention_scaling
         sin = angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
-    def compute_inverse_frequencies(self):
+    def compute_inverse_frequencies(self) -> tuple[torch.Tensor, float]:
         """Return the radians per position of every pair, (D/2), and the factor on cos and sin (1, save for YaRN's)."""
         if self.rope_type == "default":
             return self.compute_default_rope_parameters(self.config)
@@ -50,7 +52,7 @@ class Llama3RotaryEmbedding(nn.Module):
         return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
 
     @staticmethod
-    def compute_default_rope_parameters(config, device=None, **unused):
+    def compute_default_rope_parameters(config: Llama3Config, device=None, **unused) -> tuple[torch.Tensor, float]:
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
@@ -65,8 +67,13 @@ class Llama3RotaryEmbedding(nn.Module):
 
 
 def scale_for_long_context(
-    inv_freq, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings, **unused
-):
+    inv_freq: torch.Tensor,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+    **unused,
+) -> torch.Tensor:
     """Slow the pairs that turn too slowly to have completed a turn within the original context (D/2 -> D/2).
 
     Pairs that make more than `high_freq_factor` turns there stay, those that make fewer than `low_freq_factor` are
@@ -82,7 +89,7 @@ def scale_for_long_context(
     return torch.where(too_slow, inv_freq / factor, torch.where(fast_enough, inv_freq, between))
 
 
-def rotate(x, cos, sin):
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn every pair of channels of `x` (B, H, T, D) by the angle whose `cos` and `sin` (B, T, D/2) are given."""
     first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, T, D/2)

@@ -1,5 +1,6 @@
 """What training shows while it runs: one bar, and a line for each evaluation."""
 
+import math
 import sys
 import time
 
@@ -10,8 +11,9 @@ from transformers import TrainerCallback
 class ProgressBar(TrainerCallback):
     """Show loss, tokens per second and the time left; keep the curves for the report."""
 
-    def __init__(self, tokens_per_step: int, show: bool):
+    def __init__(self, tokens_per_step: int, vocab_size: int, show: bool):
         self.tokens_per_step = tokens_per_step
+        self.uniform_loss = math.log(vocab_size)  # of a model that takes every token for equally likely
         self.show = show
         self.curves = {"training": [], "validation": []}  # (step, loss in nats per token)
         self.bar = None
@@ -34,7 +36,9 @@ class ProgressBar(TrainerCallback):
         if "eval_loss" in logs:
             self.curves["validation"].append((state.global_step, logs["eval_loss"]))
             if self.show:
-                self.bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}", file=sys.stderr)
+                scale = f" (knowing nothing: ln(vocabulary) = {self.uniform_loss:.4f})" if not state.global_step else ""
+                line = f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}{scale}"
+                self.bar.write(line, file=sys.stderr)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()

@@ -150,7 +150,7 @@ def train(
         seed=seed,
         data_seed=seed,
     )
-    bar = ProgressBar(batch_size * context, progress)
+    bar = ProgressBar(batch_size * context, config.vocab_size, progress)
     trainer = Trainer(
         model,
         arguments,
