@@ -1,11 +1,7 @@
-"""The streaming engine: executes a plan tensor by tensor, so that a model never stands in memory.
+"""The streaming engine: executes a plan tensor by tensor, so that a model never stands in memory."""
 
-A target is whole or not there: everything is written into `TARGET.partial`, every file as `NAME.partial` until it is
-synced to disk, the configuration last of all, and then the folder takes its name.
-"""
-
+import errno
 import os
-import shutil
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +13,22 @@ from tqdm import tqdm
 
 from hf_llama3.errors import UserError
 
-from .checkpoint import open_checkpoint
+from .cast import Cast
+from .checkpoint import Checkpoint
+from .manifest import CHECKLIST, CHECKSUMS, check_sums, format_sums, hash_file
+from .opening import open_checkpoint
 from .plan import DEFAULT_SHARD_SIZE, Plan, PlannedFile, plan_hf, plan_meta
-from .storage import BLOCK_BYTES, write_all
+from .staging import check_target, finish, staging, sync
+from .storage import BY_NAME, SourceFile, write_all
 from .verify import VerificationReport, verify_checkpoints
 
 WORKERS = 2  # one moves bytes while the other sums or rearranges
+LAST = ("config.json", "params.json")  # what makes a folder loadable
 
 
 @dataclass
 class ConversionReport:
-    """Say what was read, written and inferred."""
+    """Say what was read, written and inferred; sizes in bytes."""
 
     source: str
     target: str
@@ -36,7 +37,10 @@ class ConversionReport:
     files: dict[str, int]  # name -> bytes
     tensors: int
     bytes: int  # of all tensor files
+    free_bytes: int  # on the target's disk, before
     seconds: float
+    resumed: list[str]  # files that an interrupted run had finished
+    largest_error: float | None  # of a cast to another type
     inferred: list[str]
     notes: list[str]
     dry_run: bool
@@ -52,11 +56,12 @@ def convert(
     to: str | None = None,
     mp: int | None = None,
     *,
-    model_type: str = "llama",
+    model_type: str | None = None,
+    dtype: str | None = None,
     rope_factor: float | None = None,
     llama_version: str | None = None,
     instruct: bool | None = None,
-    max_shard_size: str = DEFAULT_SHARD_SIZE,
+    max_shard_size: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     verify: bool = True,
@@ -66,122 +71,153 @@ def convert(
 
     Args:
         source: folder of either format; it is never changed.
-        target: folder to make; what is there already stays unless `overwrite`.
-        to: "hf" or "meta"; omitted, the format that the source is not.
+        target: folder to make; what is there already stays unless `overwrite`, and then until the new one is whole.
+        to: "hf" or "meta"; omitted, the format that the source is not, or "meta" where `mp` is given.
         mp: model-parallel shards of a target in Meta's format, 1 if omitted.
-        model_type: what a Hugging Face folder is written as: "llama" (every tool reads it) or "llama3" (with its code).
+        model_type: what a Hugging Face folder is written as: "llama", which every tool reads and which is taken if
+            omitted, or "llama3" with its code.
+        dtype: type to cast to, such as "float16"; every tensor keeps its own if omitted.
         rope_factor: for a Meta checkpoint of unreleased shape that scales RoPE; params.json does not say how much.
         llama_version: for a Meta checkpoint whose special tokens are not those of the inferred version.
         instruct: whether the model was tuned for dialogue, which decides stop tokens and chat template.
-        max_shard_size: largest safetensors file, as "5GB" or "200MiB".
+        max_shard_size: largest safetensors file, as "5GB", which is taken if omitted, or "200MiB".
         dry_run: plan and check all, write nothing.
-        overwrite: replace an existing target once the new one is whole.
-        verify: read the result back and compare every tensor to the bit.
+        overwrite: replace an existing checkpoint.
+        verify: check the source's list of hashes where it has one, compare every tensor of the result to the bit, and
+            write the hashes of all files.
         progress: show bars on standard error.
 
     Raises:
         UserError: for whatever a user can cause; the target is then as it was.
     """
     started = time.perf_counter()
-    target = Path(target)
+    target = Path(target).resolve()
     checkpoint = open_checkpoint(source, rope_factor, llama_version, instruct)
-    plan = make_plan(checkpoint, to, mp, model_type, max_shard_size)
-    check_target(plan, target, overwrite)
-    verification, sizes = None, {file.name: file.layout.size for file in plan.files}
-    if not dry_run:
-        staging = prepare_staging(target)
-        try:
-            write_plan(plan, staging, progress)
-        except OSError as error:
-            raise UserError(f"{staging} could not be written ({error.strerror}); mend that and run it again") from error
-        if verify:
-            factor = checkpoint.config["rope_parameters"].get("factor")
-            written = open_checkpoint(staging, factor, llama_version, instruct)
-            verification = verify_checkpoints(checkpoint, written, progress)
-            if not verification.ok:
-                raise UserError(f"{staging} differs from {source} in {verification.differences[0]}; please report this")
-        sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
-        take_name(staging, target)
-    return ConversionReport(
+    plan = make_plan(checkpoint, to, mp, model_type, dtype, max_shard_size)
+    free = check_target(checkpoint.path.resolve(), target, plan.nbytes, overwrite)
+    report = ConversionReport(
         source=str(source),
         target=str(target),
         source_format=checkpoint.format,
         target_format=plan.to,
-        files=sizes,
+        files={file.name: file.layout.size for file in plan.files},
         tensors=plan.num_tensors,
         bytes=plan.nbytes,
-        seconds=round(time.perf_counter() - started, 3),
+        free_bytes=free,
+        seconds=0.0,
+        resumed=[],
+        largest_error=None,
         inferred=checkpoint.inferred,
         notes=plan.notes,
         dry_run=dry_run,
-        verification=verification,
+        verification=None,
     )
+    if dry_run:
+        plan.make_small_files()  # for what it notes
+    else:
+        with staging(target) as folder:
+            execute(plan, folder, report, verify, progress)
+    report.seconds = round(time.perf_counter() - started, 3)
+    return report
 
 
-def make_plan(checkpoint, to, mp, model_type, max_shard_size) -> Plan:
+def make_plan(checkpoint: Checkpoint, to, mp, model_type, dtype, max_shard_size) -> Plan:
+    """Turn the options into a plan.
+
+    Raises:
+        UserError: an option that does not exist, or has no meaning for this conversion.
+    """
     if to not in (None, "hf", "meta"):
         raise UserError(f"--to must be 'hf' or 'meta', got {to!r}")
-    if model_type not in ("llama", "llama3"):
+    if model_type not in (None, "llama", "llama3"):
         raise UserError(f"--as must be 'llama' or 'llama3', got {model_type!r}")
+    if dtype is not None and dtype not in BY_NAME:
+        raise UserError(f"--dtype must be one of {sorted(BY_NAME)}, got {dtype!r}")
     to = to or ("hf" if checkpoint.format == "meta" and mp is None else "meta")
-    if to == "hf" and mp is not None:
-        raise UserError(f"--mp divides a checkpoint of Meta's format, got {mp} with --to hf; use --max-shard-size")
-    return (
-        plan_hf(checkpoint, model_type, max_shard_size)
-        if to == "hf"
-        else plan_meta(checkpoint, 1 if mp is None else mp)
-    )
+    cast = Cast(BY_NAME[dtype]) if dtype is not None else None
+    if to == "hf":
+        if mp not in (None, 1):
+            raise UserError(f"--mp divides a checkpoint of Meta's format, got {mp} with --to hf; use --max-shard-size")
+        return plan_hf(checkpoint, model_type or "llama", max_shard_size or DEFAULT_SHARD_SIZE, cast)
+    for option, value in (("--as", model_type), ("--max-shard-size", max_shard_size)):
+        if value is not None:
+            raise UserError(f"{option} is for a Hugging Face target, got {value!r} with --to meta; leave it out")
+    return plan_meta(checkpoint, 1 if mp is None else mp, cast)
 
 
-def check_target(plan: Plan, target: Path, overwrite: bool):
-    """Raise unless the target can be made: free to take, apart from the source, with room on its disk."""
-    source = plan.source.path.resolve()
-    if target.resolve() == source or source in target.resolve().parents or target.resolve() in source.parents:
-        raise UserError(f"{target} and the source {plan.source.path} must be apart; choose another target")
-    if target.exists() and not (overwrite or (target.is_dir() and not any(target.iterdir()))):
-        raise UserError(f"{target} already exists; choose another target or add --overwrite")
-    parent = next(parent for parent in target.resolve().parents if parent.exists())
-    if (free := shutil.disk_usage(parent).free) < plan.nbytes:
-        raise UserError(
-            f"{target} needs {plan.nbytes} bytes, but its disk has {free} free; make room or choose another"
-        )
-
-
-def prepare_staging(target: Path) -> Path:
-    """Make the folder into which everything is written, empty."""
-    staging = target.with_name(target.name + ".partial")
-    try:
-        if staging.exists():
-            shutil.rmtree(staging)
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{staging} cannot be made: {error.strerror}") from error
-    return staging
-
-
-def write_plan(plan: Plan, folder: Path, progress: bool):
-    with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
-        for file in plan.files:
-            write_tensors(file, folder, bar.update)
-    small_files = plan.make_small_files()
-    for name in sorted(small_files, key=lambda name: name in ("config.json", "params.json")):  # these two last
-        path = folder / f"{name}.partial"
-        path.write_bytes(small_files[name])
-        finish(path)
+def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, progress: bool):
+    """Write everything that is planned into `folder` and prove it; what an earlier run finished there is kept."""
+    source = plan.source
+    remove_leftovers(plan, folder)
+    with ThreadPoolExecutor(2) as beside:
+        small_files = beside.submit(plan.make_small_files)
+        checklist = source.path / CHECKLIST
+        checked = beside.submit(check_sums, checklist) if verify and checklist.is_file() else None
+        same_copies = beside.submit(source.check_copies)
+        with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
+            for file in plan.files:
+                if is_whole(folder / file.name, file):
+                    report.resumed.append(file.name)
+                    bar.update(file.layout.size)
+                else:
+                    write_tensors(file, folder, bar.update)
+        if checked is not None:
+            checked.result()
+            report.notes.append(f"the source's files have the hashes of its {CHECKLIST}")
+        same_copies.result()
+        small_files = small_files.result()
+    for name in sorted(small_files, key=lambda name: name in LAST):
+        write_small(folder / name, small_files[name])
     sync(folder)
+    if plan.cast is not None:
+        report.largest_error = plan.cast.largest_error
+    if verify:
+        written = open_checkpoint(folder, unfinished=True)
+        report.verification = prove(plan, written, folder, progress)
+        report.verification.target = report.target
+    report.files = {
+        str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def remove_leftovers(plan: Plan, folder: Path):
+    """Clear what an earlier run left that this one does not continue."""
+    planned = {file.name for file in plan.files}
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            path.rmdir()
+        elif str(path.relative_to(folder)) not in planned:
+            path.unlink()
+
+
+def is_whole(path: Path, file: PlannedFile) -> bool:
+    """Tell whether a file that an earlier run finished is, to the bit, what would be written."""
+    if not path.is_file() or path.stat().st_size != file.layout.size:
+        return False
+    written, checksums = SourceFile(path).bytes, []
+    for (_, assembly), offset in zip(file.tensors, file.layout.offsets, strict=True):
+        checksum = 0
+        for block in assembly.blocks():
+            there = written[offset : offset + block.nbytes]
+            if not np.array_equal(block.reshape(-1).view(np.uint8), there):
+                return False
+            checksum = zlib.crc32(there, checksum) if file.layout.needs_checksums else 0
+            offset += block.nbytes
+        checksums.append(checksum)
+    pieces = file.layout.fixed(checksums)
+    return all(written[offset : offset + len(content)].tobytes() == content for offset, content in pieces)
 
 
 def write_tensors(file: PlannedFile, folder: Path, progress):
     """Write one file of tensors: the tensors first, side by side, then the headers that make it readable."""
     path = folder / f"{file.name}.partial"
     with open(path, "wb", buffering=0) as out:
-        out.truncate(file.layout.size)
+        reserve(out, file.layout.size)
 
     def write_one(entry):
         (_, assembly), offset = entry
         with open(path, "r+b", buffering=0) as out:
-            assembly.write(out, offset, progress)
-        return checksum(path, offset, assembly.nbytes) if file.layout.needs_checksums else 0
+            return assembly.write(out, offset, progress, with_checksum=file.layout.needs_checksums)
 
     with ThreadPoolExecutor(WORKERS) as pool:
         checksums = list(pool.map(write_one, zip(file.tensors, file.layout.offsets, strict=True)))
@@ -191,36 +227,36 @@ def write_tensors(file: PlannedFile, folder: Path, progress):
     finish(path)
 
 
-def checksum(path: Path, offset: int, count: int) -> int:
-    """Return the CRC-32 of bytes that were just written, which the page cache still holds."""
-    written = np.memmap(path, dtype=np.uint8, mode="r", offset=0)[offset : offset + count]
-    value = 0
-    for start in range(0, count, BLOCK_BYTES):
-        value = zlib.crc32(written[start : start + BLOCK_BYTES], value)
-    return value
-
-
-def finish(partial: Path):
-    """Sync a file to disk and give it its name."""
-    sync(partial)
-    partial.rename(partial.with_name(partial.name.removesuffix(".partial")))
-
-
-def sync(path: Path):
-    handle = os.open(path, os.O_RDONLY)
+def reserve(out, size: int):
+    """Take the room for a whole file, so that a full disk is met before the first tensor."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        os.posix_fallocate(out.fileno(), 0, size)
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        out.truncate(size)  # another system, another file system
 
 
-def take_name(staging: Path, target: Path):
-    """Put the finished folder in the target's place; what was there goes when the new one stands."""
-    old = None
-    if target.exists():
-        old = target.with_name(target.name + ".old")
-        target.rename(old)
-    staging.rename(target)
-    sync(target.parent)
-    if old is not None:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+def write_small(path: Path, content: bytes):
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    finish(partial)
+
+
+def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool) -> VerificationReport:
+    """Compare what was written with the source while the hashes of all files are taken; write these down."""
+    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    kinds = {CHECKSUMS: "sha256"} | ({CHECKLIST: "md5"} if plan.to == "meta" else {})
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        futures = {
+            list_name: {name: pool.submit(hash_file, path, kind) for name, path in paths.items()}
+            for list_name, kind in kinds.items()
+        }
+        verification = verify_checkpoints(plan.source, written, progress, plan.cast)
+        if not verification.ok:
+            raise UserError(f"{folder} differs from its source in {verification.differences[0]}; please report this")
+        for list_name, sums in futures.items():
+            content = format_sums({name: future.result() for name, future in sums.items()})
+            write_small(folder / list_name, content)
+    return verification

@@ -1,4 +1,4 @@
-"""Sharded safetensors: opened with their index checked, laid out to the byte before a tensor is written.
+"""A Hugging Face folder: opened with its index checked, its safetensors laid out to the byte before one is written.
 
 A safetensors file is an 8-byte length, a JSON header that says where each tensor's bytes lie, and the bytes.
 """
@@ -9,12 +9,52 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from hf_llama3.errors import UserError
 
-from .manifest import read_json, refuse_constant, refuse_duplicates, what_became_of
+from .checkpoint import Checkpoint, check_layers, check_names, check_shapes, same_tensors
+from .hf_config import read_config
+from .manifest import read_json, refuse_constant, refuse_duplicates, require_file, what_became_of
+from .params import infer_version
 from .storage import BY_SAFETENSORS, Dtype, SourceFile, StoredTensor
+from .tokenizer import find_hf_tokenizer, read_chat_template, special_tokens
+from .weights import EMBEDDING, OUTPUT, rows, without_derived
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+
+
+def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> Checkpoint:
+    """Open a Hugging Face folder; None means to infer."""
+    config, inferred = read_config(folder / "config.json"), []
+    tensors = find_weights(folder)
+    check_layers(config["num_hidden_layers"], len(tensors), folder)
+    tensors = without_derived(tensors, config["num_hidden_layers"])
+    tokenizer, kind, family = find_hf_tokenizer(folder)
+    version, why = infer_version(config, family, llama_version, folder)
+    inferred.append(f"Llama {version}: {why}")
+    chat_template = read_chat_template(folder)
+    if instruct is None:
+        instruct = chat_template is not None
+        inferred.append("instruct: there is a chat template" if instruct else "base: there is no chat template")
+    if tokenizer is None:
+        inferred.append("no tokenizer: the folder has no tokenizer.json")
+
+    tied = config["tie_word_embeddings"]
+    if tied and EMBEDDING.hf in tensors:
+        tensors.setdefault(OUTPUT.hf, tensors[EMBEDDING.hf])
+    table = rows(config["num_hidden_layers"], embedding_split=1 if version == "2" else 0)
+    check_names(tensors.keys(), {row.hf for row in table}, folder)
+    shards = {name: [tensor] for name, tensor in tensors.items()}
+    check_shapes(table, shards, config, folder, "config.json")
+    if tied and not same_tensors(shards[OUTPUT.hf], shards[EMBEDDING.hf]):
+        raise UserError(f"{folder}: config.json ties {OUTPUT.hf} to {EMBEDDING.hf}, but the file holds two that differ")
+    generation = folder / "generation_config.json"
+    return Checkpoint(
+        *(folder, "hf", config, table, shards, tokenizer, kind, version, instruct),
+        special_tokens=special_tokens(version) if kind == "tiktoken" else None,
+        chat_template=chat_template,
+        generation_config=read_json(generation) if generation.exists() else None,
+        inferred=inferred,
+    )
 
 
 def find_weights(folder: Path) -> dict[str, StoredTensor]:
@@ -23,6 +63,8 @@ def find_weights(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: there are none, they are in another format, or index and files disagree.
     """
+    if (folder / INDEX).exists() and (folder / SINGLE).exists():
+        raise UserError(f"{folder} holds both {SINGLE} and {INDEX}; remove the one that is not meant")
     if (folder / INDEX).exists():
         return read_sharded(folder)
     if (folder / SINGLE).exists():
@@ -61,6 +103,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: the header is damaged, or a tensor lies outside the file or in another's place.
     """
+    require_file(path)
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -99,7 +142,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 def read_entry(name: str, entry, path: Path):
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if dtype not in BY_SAFETENSORS:
+    if not isinstance(dtype, str) or dtype not in BY_SAFETENSORS:
         raise UserError(f"{name} in {path} has the type {dtype!r}; only {sorted(BY_SAFETENSORS)} can be converted")
     numbers = [*shape, *span] if isinstance(shape, list) and isinstance(span, list) and len(span) == 2 else [None]
     if not all(type(number) is int and number >= 0 for number in numbers):

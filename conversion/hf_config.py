@@ -1,9 +1,9 @@
 """config.json and generation_config.json: read in every spelling, written so that every reader understands them."""
 
-import math
 from pathlib import Path
 
 from hf_llama3.errors import UserError
+from hf_llama3.presets import llama3_scaling
 from hf_llama3.remote_code import AUTO_MAP
 
 from .manifest import read_json, to_json
@@ -11,6 +11,7 @@ from .manifest import read_json, to_json
 UPSTREAM_ROPE_THETA = 10000.0  # what `model_type: llama` means where it does not say (`LlamaConfig.default_theta`)
 KNOWN_TYPES = {"llama": "LlamaForCausalLM", "llama3": "Llama3ForCausalLM"}
 OTHER_TYPES = {"mllama": "a vision model", "llama4": "Llama 4", "llama4_text": "Llama 4"}
+LARGEST = 2**40  # beyond any number of a model
 GEOMETRY = {  # key -> its type
     "vocab_size": int,
     "hidden_size": int,
@@ -30,6 +31,7 @@ PASSED_ON = {  # written as they are found, or as every Llama has them
     "initializer_range": 0.02,
     "use_cache": True,
 }
+LLAMA3_SCALING = tuple(llama3_scaling(8.0))[1:]  # its keys, without the type
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -44,34 +46,29 @@ def read_config(path: Path) -> dict:
     """
     raw = read_json(path)
     kind = raw.get("model_type")
-    if kind not in KNOWN_TYPES:
-        meaning = f" ({OTHER_TYPES[kind]})" if kind in OTHER_TYPES else ""
+    if not isinstance(kind, str) or kind not in KNOWN_TYPES:
+        meaning = f" ({OTHER_TYPES[kind]})" if isinstance(kind, str) and kind in OTHER_TYPES else ""
         raise UserError(f"`model_type` in {path} must be one of {sorted(KNOWN_TYPES)}, got {kind!r}{meaning}")
     if raw.get("quantization_config"):
         raise UserError(f"{path} describes quantised weights (`quantization_config`); convert the original ones")
     if raw.get("attention_bias") or raw.get("mlp_bias"):
-        raise UserError(f"{path} describes projections with biases, which no Llama of Meta's has")
+        raise UserError(f"{path} describes projections with biases, which the conversions do not know")
     if raw.get("hidden_act", PASSED_ON["hidden_act"]) != PASSED_ON["hidden_act"]:
         raise UserError(f"`hidden_act` in {path} must be 'silu' as in every Llama, got {raw['hidden_act']!r}")
 
     config = {key: raw.get(key) for key in GEOMETRY}
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
-    if config["head_dim"] is None and isinstance(config["hidden_size"], int) and config["num_attention_heads"]:
+    check_numbers({key: value for key, value in config.items() if key != "head_dim"}, path)
+    if config["head_dim"] is None:
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    for key, number in GEOMETRY.items():
-        value = config[key]
-        if type(value) not in ((int, float) if number is float else (int,)) or not 0 < value < math.inf:
-            raise UserError(f"`{key}` in {path} must be a positive {number.__name__}, got {value!r}")
+    check_numbers(config, path)
     if config["num_attention_heads"] % config["num_key_value_heads"]:
-        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        raise UserError(
-            f"{path}: `num_attention_heads` must be a multiple of `num_key_value_heads`, got {heads} and {kv_heads}"
-        )
+        heads = f"{config['num_attention_heads']} and {config['num_key_value_heads']}"
+        raise UserError(f"{path}: `num_attention_heads` must be a multiple of `num_key_value_heads`, got {heads}")
     if config["head_dim"] % 2:
-        raise UserError(
-            f"`head_dim` in {path} must be even, since RoPE turns pairs of channels, got {config['head_dim']}"
-        )
+        reason = "since RoPE turns pairs of channels"
+        raise UserError(f"`head_dim` in {path} must be even, {reason}, got {config['head_dim']}")
 
     config["rope_parameters"] = read_rope(raw, path)
     config["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
@@ -79,16 +76,28 @@ def read_config(path: Path) -> dict:
     return config | {key: raw.get(key, usual) for key, usual in PASSED_ON.items()}
 
 
+def check_numbers(config: dict, path: Path):
+    for key, value in config.items():
+        number = GEOMETRY[key]
+        if type(value) not in ((int, float) if number is float else (int,)) or not 0 < value < LARGEST:
+            raise UserError(f"`{key}` in {path} must be a positive {number.__name__}, got {value!r}")
+
+
 def read_rope(raw: dict, path: Path) -> dict:
     """Gather what version 4 writes as `rope_theta` and `rope_scaling` and version 5 as `rope_parameters`."""
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"`rope_parameters` in {path} must be a JSON object, got {rope!r}")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta")
-    if theta is None:
-        if raw["model_type"] != "llama":
-            raise UserError(f"{path} lacks `rope_theta` in `rope_parameters`")
+    if theta is None and raw["model_type"] == "llama":
         theta = UPSTREAM_ROPE_THETA
-    rope_type = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope_type = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
+    needed = LLAMA3_SCALING if rope_type == "llama3" else ()
+    for key, value in {"rope_theta": theta, **{key: rope.get(key) for key in needed}}.items():
+        if type(value) not in (int, float) or not 0 < value < LARGEST:
+            raise UserError(f"`{key}` of the RoPE in {path} must be a positive number, got {value!r}")
     return {"rope_theta": float(theta), "rope_type": rope_type} | rope
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from .checkpoint import open_checkpoint
+from .opening import open_checkpoint
 
 
 @dataclass

@@ -4,15 +4,17 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.errors import UserError
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 
-from .checkpoint import open_checkpoint
-from .plan import assemble, hf_tokenizer
+from .hf_config import generation_config
+from .opening import open_checkpoint
+from .plan import assemble
 from .storage import Assembly
+from .tokenizer_files import hf_tokenizer
 from .weights import sizes
 
 
@@ -37,35 +39,45 @@ def load_meta(path, *, rope_factor: float | None = None, **kwargs) -> Llama3ForC
 
     Args:
         rope_factor: see `convert`.
-        kwargs: for `from_pretrained`; `dtype` is the files' own if omitted.
+        kwargs: for `from_pretrained`, fields of the configuration among them; `dtype` is the files' own if omitted.
 
     Raises:
         UserError: the directory is not one of Meta's, damaged, contradicts itself, or needs `rope_factor`.
     """
-    checkpoint = open_checkpoint(path, rope_factor)
-    if checkpoint.format != "meta":
-        raise UserError(f"{path} is a Hugging Face folder; load it with AutoModelForCausalLM.from_pretrained")
+    if "config" in kwargs or "state_dict" in kwargs:
+        raise UserError("load_meta reads configuration and weights from the directory; leave out config and state_dict")
+    checkpoint = open_meta_only(path, rope_factor)
+    checkpoint.check_copies()
     size = sizes(checkpoint.config)
     state_dict = {
         row.hf: LazyTensor(assemble(checkpoint, row, "hf", 0, row.full_shape(size)[row.split or 0]))
         for row in checkpoint.own_rows
     }
-    if kwargs.get("dtype", "auto") == "auto":
-        kwargs["dtype"] = getattr(torch, checkpoint.dtype)
-    config = Llama3Config(**checkpoint.config)
-    return Llama3ForCausalLM.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
+    dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", "auto")
+    dtype = getattr(torch, checkpoint.dtype) if dtype == "auto" else dtype
+    config, kwargs = Llama3Config.from_dict(checkpoint.config, return_unused_kwargs=True, dtype=dtype, **kwargs)
+    model = Llama3ForCausalLM.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
+    model.generation_config = GenerationConfig(**generation_config(checkpoint.config, checkpoint.generation_config))
+    return model
 
 
-def load_meta_tokenizer(path):
+def load_meta_tokenizer(path, *, rope_factor: float | None = None):
     """Load the tokenizer of a directory of Meta's as transformers knows it.
 
     Raises:
-        UserError: there is none, or it is not Llama 3's.
+        UserError: there is none.
     """
-    checkpoint = open_checkpoint(path)
-    if checkpoint.tokenizer_kind != "tiktoken":
-        raise UserError(f"{path} must hold a tokenizer.model of Llama 3, got {checkpoint.tokenizer_kind}")
+    checkpoint = open_meta_only(path, rope_factor)
+    if checkpoint.tokenizer is None:
+        raise UserError(f"{path} must hold a tokenizer.model to turn text into tokens; put Meta's there")
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in hf_tokenizer(checkpoint).items():
+        for name, content in hf_tokenizer(checkpoint, notes=[]).items():
             (Path(folder) / name).write_bytes(content)
         return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def open_meta_only(path, rope_factor: float | None):
+    checkpoint = open_checkpoint(path, rope_factor)
+    if checkpoint.format != "meta":
+        raise UserError(f"{path} is a Hugging Face folder; load it with from_pretrained")
+    return checkpoint

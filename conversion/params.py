@@ -4,13 +4,14 @@ Inside this room a configuration is the dictionary that `hf_config.read_config` 
 transformers. What params.json has no place for stands in a file beside it, see `sidecar.py`.
 """
 
-import math
 from pathlib import Path
 
 from hf_llama3.errors import UserError
 from hf_llama3.presets import LONG_CONTEXT, ORIGINAL_CONTEXT, PRESETS, ROPE_THETA, llama3_scaling
 
+from .hf_config import LARGEST
 from .manifest import read_json
+from .sidecar import SIDECAR
 
 LLAMA2_ROPE_THETA = 10000.0  # what a params.json that does not say means (llama-models 0.3.0, Llama 2's `ModelArgs`)
 CODE_LLAMA_ROPE_THETA = 1e6
@@ -28,6 +29,7 @@ PARAMS = {
     "ffn_dim_multiplier": (float, False),
     "rope_theta": (float, False),
     "use_scaled_rope": (bool, False),
+    "rope_scaling_factor": (float, False),  # not Meta's, but other tools'
     "max_batch_size": (int, False),  # of the run, not of the model
     "max_seq_len": (int, False),
 }
@@ -42,8 +44,14 @@ REFUSED = {
 RELEASED_MULTIPLIERS = ((256, 1.5), (256, None), (4096, 1.3), (1024, 1.3), (4096, 1.2))
 
 
-def params_to_config(params: dict, path: Path, vocab_size: int, rope_factor: float | None = None):
-    """Translate what `read_params` read; `vocab_size` is the embedding's, since Llama 2's file says -1.
+def params_to_config(
+    params: dict, path: Path, vocab_size: int, given_factor: float | None = None, kept_factor: float | None = None
+) -> tuple[dict, list[str]]:
+    """Translate what `read_params` read.
+
+    Args:
+        vocab_size: the embedding's rows, since Llama 2's file says -1.
+        given_factor, kept_factor: the RoPE factor, as the user gives it and as the sidecar keeps it.
 
     Returns:
         The configuration, without token ids and tying, and what was inferred, as sentences.
@@ -61,13 +69,14 @@ def params_to_config(params: dict, path: Path, vocab_size: int, rope_factor: flo
     theta = float(params.get("rope_theta", LLAMA2_ROPE_THETA))
     inferred = []
     if params.get("use_scaled_rope"):
-        factor, why = infer_rope_factor(params, path, rope_factor)
+        factor, why = infer_rope_factor(params, path, given_factor, kept_factor)
         inferred.append(f"RoPE factor {factor:g}: {why}")
         rope, context = {"rope_theta": theta} | llama3_scaling(factor), LONG_CONTEXT
+    elif given_factor is not None:
+        raise UserError(f"{path} does not scale RoPE (`use_scaled_rope`); leave out --rope-factor {given_factor:g}")
     else:
         rope = {"rope_theta": theta, "rope_type": "default"}
         context = {ROPE_THETA: ORIGINAL_CONTEXT, CODE_LLAMA_ROPE_THETA: 16384}.get(theta, 4096)
-    inferred.append(f"context of {context} tokens: that of the released models with this RoPE")
     config = {
         "vocab_size": vocab_size,
         "hidden_size": dim,
@@ -89,20 +98,21 @@ def read_params(path: Path) -> dict:
     Raises:
         UserError: naming a key that is missing, malformed, or says that this is no Llama 3 text model.
     """
-    params = read_json(path)
+    params = {key: value for key, value in read_json(path).items() if value is not None}
     for key, meaning in REFUSED.items():
         if params.get(key) not in (None, -1, {}):
             raise UserError(f"{path} describes {meaning} (`{key}`), which has no Llama 3 text model to become")
     for key, (kind, required) in PARAMS.items():
-        if key not in params or params[key] is None:
+        if key not in params:
             if required:
                 raise UserError(f"{path} lacks `{key}`; it is not the params.json of a Llama")
             continue
         value = params[key]
         right_type = type(value) in ((int, float) if kind is float else (kind,))
-        positive = kind is bool or (value > 0 if right_type else False) or (key == "vocab_size" and value == -1)
-        if not right_type or not positive or not math.isfinite(value):
+        if not right_type or not (kind is bool or 0 < value < LARGEST or (key == "vocab_size" and value == -1)):
             raise UserError(f"`{key}` in {path} must be a positive {kind.__name__}, got {value!r}")
+    if unknown := sorted(params.keys() - PARAMS.keys() - REFUSED.keys()):
+        raise UserError(f"{path} holds {unknown}, which no Llama of Meta's has; remove what does not change the model")
     return params
 
 
@@ -110,10 +120,14 @@ class MissingFlag(UserError):
     """Name the flag that says what no file does."""
 
 
-def infer_rope_factor(params: dict, path: Path, given: float | None) -> tuple[float, str]:
+def infer_rope_factor(params: dict, path: Path, given: float | None, kept: float | None) -> tuple[float, str]:
     """Find what `use_scaled_rope` leaves out: Meta wrote 8 into its code for 3.1 and 3.3, and 32 was used for 3.2."""
     if given is not None:
-        return given, "given by --rope-factor"
+        return float(given), "given by --rope-factor"
+    if kept is not None:
+        return float(kept), f"says {SIDECAR}"
+    if params.get("rope_scaling_factor") is not None:
+        return float(params["rope_scaling_factor"]), "says params.json"
     shape = (params["dim"], params["n_layers"], params["n_heads"])
     for name, preset in PRESETS.items():
         if preset.rope_factor and shape == (preset.hidden_size, preset.num_hidden_layers, preset.num_attention_heads):
@@ -180,12 +194,24 @@ def config_to_params(config: dict, path: Path, kv_heads: int) -> dict:
     return {key: value for key, value in params.items() if value is not None}
 
 
-def infer_version(config: dict, tokenizer_kind: str | None) -> tuple[str, str]:
-    """Tell the version of Llama, and why: it decides the special tokens' names and how shards divide the embedding."""
+def infer_version(config: dict, family: str | None, given: str | None, path: Path) -> tuple[str, str]:
+    """Tell the version of Llama, and why: it decides the special tokens' names and how shards divide the embedding.
+
+    Args:
+        family: "2" or "3" where the tokenizer tells it.
+        given: what the user says.
+
+    Raises:
+        UserError: the user says something else than the tokenizer.
+    """
+    if given is not None:
+        if family is not None and given[0] != family:
+            raise UserError(f"the tokenizer of {path} is Llama {family}'s; leave out --llama-version {given}")
+        return given, "given by --llama-version"
     rope = config["rope_parameters"]
-    if tokenizer_kind == "sentencepiece":
+    if family == "2":
         return "2", "the tokenizer is a sentencepiece model"
-    if tokenizer_kind is None and config["vocab_size"] in LLAMA2_VOCABULARIES:
+    if family is None and config["vocab_size"] in LLAMA2_VOCABULARIES:
         return "2", f"the vocabulary has {config['vocab_size']} tokens"
     if rope["rope_type"] != "llama3":
         return "3.0", "RoPE is not scaled"

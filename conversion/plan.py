@@ -6,21 +6,22 @@ from dataclasses import dataclass, field
 from hf_llama3.errors import UserError
 from hf_llama3.remote_code import code_files
 
+from .cast import Cast
 from .checkpoint import Checkpoint
 from .hf_checkpoint import INDEX, SINGLE, SafetensorsLayout
 from .hf_config import generation_config, portable_config
 from .manifest import to_json
-from .meta_checkpoint import PARAMS_FILE, TOKENIZER_FILE
+from .meta_checkpoint import PARAMS_FILE
 from .params import config_to_params
 from .pth import PthLayout
 from .sidecar import SIDECAR, make_sidecar
 from .storage import Assembly, Part
-from .tokenizer import NUM_SPECIAL_TOKENS, hf_tokenizer_files, llama3_chat_template, meta_tokenizer_file, read_ranks
+from .tokenizer import llama3_chat_template
+from .tokenizer_files import hf_tokenizer, meta_tokenizer
 from .weights import Row, half_to_interleaved, interleaved_to_half, sizes
 
 DEFAULT_SHARD_SIZE = "5GB"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(eq=False)
@@ -34,12 +35,13 @@ class PlannedFile:
 
 @dataclass(eq=False)
 class Plan:
-    """Everything that a conversion writes. The small files are made when their turn comes, after the tensors."""
+    """Everything that a conversion writes; small files are made beside the tensors, since a tokenizer takes time."""
 
     source: Checkpoint
     to: str  # "hf" or "meta"
+    cast: Cast | None
     files: list[PlannedFile]
-    make_small_files: Callable[[], dict[str, bytes]]
+    make_small_files: Callable[[], dict[str, bytes]]  # adds to `notes`
     notes: list[str]  # what the user should know of the result
 
     @property
@@ -51,13 +53,13 @@ class Plan:
         return sum(len(file.tensors) for file in self.files)
 
 
-def plan_hf(source: Checkpoint, model_type: str = "llama", max_shard_size: str = DEFAULT_SHARD_SIZE) -> Plan:
+def plan_hf(source: Checkpoint, model_type: str, max_shard_size: str, cast: Cast | None) -> Plan:
     """Plan a Hugging Face folder of `model_type` "llama", which everything reads, or "llama3" with its code."""
-    limit = parse_size(max_shard_size)
+    limit, dtype = parse_size(max_shard_size), cast.to.name if cast else source.dtype
     size = sizes(source.config)
     groups, room = [[]], limit
     for row in source.own_rows:
-        assembly = assemble(source, row, "hf", 0, row.full_shape(size)[row.split or 0])
+        assembly = assemble(source, row, "hf", 0, row.full_shape(size)[row.split or 0], cast)
         if assembly.nbytes > room and groups[-1]:
             groups.append([])
             room = limit
@@ -70,8 +72,10 @@ def plan_hf(source: Checkpoint, model_type: str = "llama", max_shard_size: str =
         for name, tensors in zip(names, groups, strict=True)
     ]
 
+    notes = []
+
     def make_small_files():
-        small = hf_tokenizer(source)
+        small = hf_tokenizer(source, notes)
         small["generation_config.json"] = to_json(generation_config(source.config, source.generation_config))
         if total > 1:
             weight_map = {name: file.name for file in files for name, _ in file.tensors}
@@ -79,12 +83,12 @@ def plan_hf(source: Checkpoint, model_type: str = "llama", max_shard_size: str =
             small[INDEX] = to_json({"metadata": {"total_size": size}, "weight_map": weight_map})
         if model_type == "llama3":
             small |= code_files()
-        return small | {"config.json": to_json(portable_config(source.config, source.dtype, model_type))}
+        return small | {"config.json": to_json(portable_config(source.config, dtype, model_type))}
 
-    return Plan(source, "hf", files, make_small_files, notes=[])
+    return Plan(source, "hf", cast, files, make_small_files, notes)
 
 
-def plan_meta(source: Checkpoint, mp: int = 1) -> Plan:
+def plan_meta(source: Checkpoint, mp: int, cast: Cast | None) -> Plan:
     """Plan a directory of Meta's with `mp` model-parallel shards."""
     size, kv_heads = sizes(source.config), source.config["num_key_value_heads"]
     check_divisible(source, mp)
@@ -103,7 +107,7 @@ def plan_meta(source: Checkpoint, mp: int = 1) -> Plan:
                 width = full * copies // mp
                 start = shard // copies * width
                 stop = start + width
-            tensors.append((row.meta, assemble(source, row, "meta", start, stop)))
+            tensors.append((row.meta, assemble(source, row, "meta", start, stop, cast)))
         stem = f"consolidated.{shard:02d}"
         files.append(PlannedFile(f"{stem}.pth", PthLayout(stem, describe(tensors)), tensors))
 
@@ -122,10 +126,10 @@ def plan_meta(source: Checkpoint, mp: int = 1) -> Plan:
         sidecar = make_sidecar(source.config, source.generation_config, source.instruct, special_tokens, template)
         return small | {SIDECAR: to_json(sidecar), PARAMS_FILE: to_json(params)}
 
-    return Plan(source, "meta", files, make_small_files, notes)
+    return Plan(source, "meta", cast, files, make_small_files, notes)
 
 
-def assemble(source: Checkpoint, row: Row, to: str, start: int, stop: int) -> Assembly:
+def assemble(source: Checkpoint, row: Row, to: str, start: int, stop: int, cast: Cast | None = None) -> Assembly:
     """Describe a tensor in the format `to`, cut to the indices from `start` to `stop` of its divided dimension."""
     parts = source.cut(row, start, stop)
     if row.rotary and source.format != to:
@@ -133,7 +137,9 @@ def assemble(source: Checkpoint, row: Row, to: str, start: int, stop: int) -> As
         parts = [Part(part.file, reorder(part.array, source.config["head_dim"])) for part in parts]
     shape = list(row.full_shape(sizes(source.config)))
     shape[row.split or 0] = stop - start
-    return Assembly(source.tensors[row.hf][0].dtype, tuple(shape), parts, axis=row.split or 0)
+    stored = source.tensors[row.hf][0].dtype
+    needed = cast if cast is not None and cast.to != stored else None
+    return Assembly(stored, tuple(shape), parts, axis=row.split or 0, cast=needed)
 
 
 def describe(tensors: list[tuple[str, Assembly]]):
@@ -153,40 +159,6 @@ def check_divisible(source: Checkpoint, mp: int):
     kv_heads = config["num_key_value_heads"]
     if kv_heads % mp and mp % kv_heads:
         raise UserError(f"--mp must divide the {kv_heads} key/value heads of {source.path} or be a multiple, got {mp}")
-
-
-def hf_tokenizer(source: Checkpoint) -> dict[str, bytes]:
-    """Make the tokenizer's files for a Hugging Face folder, or none."""
-    if source.tokenizer_kind == "tiktoken":
-        files = hf_tokenizer_files(
-            read_ranks(source.tokenizer),
-            source.special_tokens,
-            source.config,
-            source.instruct,
-            source.chat_template,
-        )
-        return {name: content.encode() for name, content in files.items()}
-    if source.tokenizer_kind == "tokenizer.json":
-        found = [source.path / name for name in TOKENIZER_FILES]
-        return {path.name: path.read_bytes() for path in found if path.exists()}
-    return {}
-
-
-def meta_tokenizer(source: Checkpoint, notes: list[str]) -> tuple[dict[str, bytes], list[str] | None]:
-    """Make tokenizer.model for a directory of Meta's and list the special tokens; where it cannot be, note why."""
-    if source.tokenizer_kind in ("tiktoken", "sentencepiece"):
-        return {TOKENIZER_FILE: source.tokenizer.read_bytes()}, source.special_tokens
-    if source.tokenizer is None:
-        notes.append("no tokenizer was written: the source has none")
-        return {}, None
-    try:
-        content, names = meta_tokenizer_file(source.tokenizer)
-    except UserError as error:
-        notes.append(f"no tokenizer.model was written: {error}")
-        return {}, None
-    if len(names) != NUM_SPECIAL_TOKENS:
-        notes.append(f"Meta's code knows {NUM_SPECIAL_TOKENS} special tokens, this tokenizer has {len(names)}")
-    return {TOKENIZER_FILE: content}, names
 
 
 def parse_size(text: str) -> int:

@@ -1,8 +1,8 @@
-"""PyTorch's checkpoint file: read without running a pickle, laid out to the byte before a tensor is written.
+"""PyTorch's checkpoint file: read as data, laid out to the byte before a tensor is written.
 
 A `.pth` file is a zip of uncompressed members: `NAME/data.pkl`, a pickle that names the tensors, and a `NAME/data/KEY`
-for each storage. Reading gives where each tensor's bytes lie. The pickle may name nothing but tensors: that is decided
-before any of it is interpreted, so a hostile file can neither run code nor make the reader allocate.
+for each storage. Reading gives where each tensor's bytes lie. The pickle is interpreted by a machine that can build
+nothing but descriptions of tensors: a hostile file can neither run code nor make the reader allocate.
 """
 
 import collections
@@ -38,9 +38,9 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             pickled, storages, byte_order = read_members(archive, path)
-    except (zipfile.BadZipFile, OSError, struct.error, EOFError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged zip makes its reader stumble over
         raise UserError(f"{path} is not a readable PyTorch checkpoint ({error}); download it again") from error
     if byte_order not in (None, b"little"):
         raise UserError(f"{path} must be little-endian, got byte order {byte_order!r}; save it again on this machine")

@@ -15,6 +15,7 @@ SIDECAR = "huggingface.json"
 CONFIG_KEYS = ("max_position_embeddings", *TOKEN_IDS, *PASSED_ON)
 TYPES = {
     "rope_factor": (float, int, type(None)),
+    "num_key_value_heads": (int,),
     "config": (dict,),
     "generation_config": (dict, type(None)),
     "instruct": (bool,),
@@ -26,6 +27,7 @@ TYPES = {
 def make_sidecar(config: dict, generation_config, instruct: bool, special_tokens, chat_template) -> dict:
     return {
         "rope_factor": config["rope_parameters"].get("factor"),
+        "num_key_value_heads": config["num_key_value_heads"],  # params.json counts the copies that shards hold
         "config": {key: config[key] for key in CONFIG_KEYS if key in config},
         "generation_config": generation_config,
         "instruct": instruct,

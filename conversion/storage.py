@@ -6,6 +6,8 @@ so neither torch nor a copy of the model is needed; runs that need no rearrangin
 
 import math
 import os
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-BLOCK_BYTES = 16 * 2**20  # how much of a tensor is rearranged at a time
+BLOCK_BYTES = 16 * 2**20  # how much of a tensor is moved or rearranged at a time
 
 
 class Dtype(NamedTuple):
@@ -42,7 +44,7 @@ class SourceFile:
 
     @cached_property
     def bytes(self):
-        return np.memmap(self.path, dtype=np.uint8, mode="c")  # private: who writes into a view, changes no file
+        return np.memmap(self.path, dtype=np.uint8, mode="r")
 
 
 @dataclass(eq=False)
@@ -61,9 +63,16 @@ class StoredTensor:
 
     @cached_property
     def array(self):
-        """The elements as unsigned integers of their width: a view of the file, not a copy."""
+        """The elements as unsigned integers of their width: a view of the file that cannot be written to."""
         strides = None if self.strides is None else [step * self.dtype.itemsize for step in self.strides]
         return np.ndarray(self.shape, f"<u{self.dtype.itemsize}", self.file.bytes, self.offset, strides)
+
+    def read(self) -> bytes:
+        """Return the bytes of a small tensor, and have the disk read no more than these: a map reads on ahead."""
+        if not self.array.flags.c_contiguous:
+            return self.array.tobytes()
+        with open(self.file.path, "rb", buffering=0) as file:
+            return read_back(file, self.offset, self.nbytes)
 
 
 @dataclass(eq=False)
@@ -84,50 +93,94 @@ class Part:
 
 
 @dataclass(eq=False)
-class Assembly:
-    """A tensor to be written: parts laid end to end along an axis."""
+class Run:
+    """Bytes that lie one after another in a file."""
 
-    dtype: Dtype
+    file: SourceFile
+    offset: int
+    nbytes: int
+
+    @property
+    def bytes(self) -> np.ndarray:
+        return self.file.bytes[self.offset : self.offset + self.nbytes]
+
+
+@dataclass(eq=False)
+class Assembly:
+    """A tensor to be written: parts laid end to end along an axis, cast to another type where that is wanted."""
+
+    stored: Dtype
     shape: tuple[int, ...]
     parts: list[Part] = field(repr=False)
     axis: int = 0
+    cast: Callable[[np.ndarray, Dtype], np.ndarray] | None = None  # see `cast.Cast`
 
     @property
-    def nbytes(self):
+    def dtype(self) -> Dtype:
+        return self.cast.to if self.cast else self.stored
+
+    @property
+    def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def whole(self):
-        """Return all elements as one array: a private view of the file if they lie there as they are wanted."""
-        if len(self.parts) == 1 and self.parts[0].is_run:
-            return self.parts[0].array.reshape(self.shape)
-        if self.axis == 0:
-            return np.concatenate([part.array.reshape(-1) for part in self.parts]).reshape(self.shape)
-        return np.concatenate([part.array for part in self.parts], axis=self.axis)
+    def whole(self) -> np.ndarray:
+        """Return all elements as one array that may be written to.
 
-    def blocks(self):
-        """Yield the tensor's elements from first to last, in contiguous arrays of about `BLOCK_BYTES`."""
-        if self.axis == 0:
-            for part in self.parts:
+        Where they lie in a file as they are wanted, it is a private view of that: nothing is read before it is used.
+        """
+        if len(self.parts) == 1 and self.parts[0].is_run and not self.cast:
+            part = self.parts[0]
+            return np.memmap(part.file.path, f"<u{self.stored.itemsize}", "c", part.offset, self.shape)
+        return np.concatenate([block.reshape(-1) for block in self.blocks()]).reshape(self.shape)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yield the elements from first to last, in memory or mapped."""
+        for piece in self.pieces():
+            yield piece if isinstance(piece, np.ndarray) else piece.bytes.view(f"<u{self.stored.itemsize}")
+
+    def pieces(self) -> Iterator[Run | np.ndarray]:
+        """Yield the elements from first to last: as runs of a file where they lie as wanted, else as blocks."""
+        if self.cast is None:
+            yield from self._stored_pieces()
+            return
+        for piece in self._stored_pieces():
+            block = piece if isinstance(piece, np.ndarray) else piece.bytes.view(f"<u{self.stored.itemsize}")
+            yield self.cast(block, self.stored)
+
+    def _stored_pieces(self):
+        if self.axis != 0:
+            for rows in row_blocks(self.parts[0].array, width=math.prod(self.shape[1:]) * self.stored.itemsize):
+                yield np.concatenate([part.array[rows] for part in self.parts], axis=self.axis)
+            return
+        for part in self.parts:
+            if part.is_run:
+                for start in range(0, part.array.nbytes, BLOCK_BYTES):
+                    yield Run(part.file, part.offset + start, min(BLOCK_BYTES, part.array.nbytes - start))
+            else:
                 for rows in row_blocks(part.array):
                     yield np.ascontiguousarray(part.array[rows])
-        else:
-            for rows in row_blocks(self.parts[0].array, width=self.nbytes // max(self.shape[0], 1)):
-                yield np.concatenate([part.array[rows] for part in self.parts], axis=self.axis)
 
-    def write(self, out: BinaryIO, offset: int, progress=lambda count: None):
-        """Write the elements into `out`, opened unbuffered, at `offset`; `progress` is told of bytes when done."""
-        if self.axis == 0 and all(part.is_run for part in self.parts):
-            for part in self.parts:
-                copy_range(part.file, part.offset, out, offset, part.array.nbytes, progress)
-                offset += part.array.nbytes
-            return
-        for block in self.blocks():
-            write_all(out, block, offset)
-            offset += block.nbytes
-            progress(block.nbytes)
+    def write(self, out: BinaryIO, offset: int, progress: Callable[[int], None], with_checksum: bool) -> int:
+        """Write the elements into `out`, open for reading and writing and unbuffered, at `offset`.
+
+        `progress` is told of bytes when they are done. Returns the CRC-32 of what the file then holds, if it is wanted.
+        """
+        checksum = 0
+        for piece in self.pieces():
+            if isinstance(piece, Run):
+                copy_run(piece, out, offset)
+                written = read_back(out, offset, piece.nbytes) if with_checksum else b""
+            else:
+                write_all(out, piece, offset)
+                written = piece
+            if with_checksum:
+                checksum = zlib.crc32(written, checksum)
+            offset += piece.nbytes
+            progress(piece.nbytes)
+        return checksum
 
 
-def row_blocks(array, width=None):
+def row_blocks(array: np.ndarray, width: int | None = None) -> list[slice]:
     """Cut the first axis into slices of about `BLOCK_BYTES`; `width` is a row's bytes where `array` is part of it."""
     rows = array.shape[0]
     width = width or max(array.nbytes // max(rows, 1), 1)
@@ -135,26 +188,36 @@ def row_blocks(array, width=None):
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-def copy_range(source: SourceFile, source_offset: int, out: BinaryIO, offset: int, count: int, progress):
+def copy_run(run: Run, out: BinaryIO, offset: int):
     """Move bytes from file to file in the kernel, or through memory where the kernel cannot."""
-    with open(source.path, "rb", buffering=0) as file:
-        while count:
-            step = min(count, 4 * BLOCK_BYTES)
+    done = 0
+    with open(run.file.path, "rb", buffering=0) as file:
+        while done < run.nbytes:
             try:
-                moved = os.copy_file_range(file.fileno(), out.fileno(), step, source_offset, offset)
+                moved = os.copy_file_range(
+                    file.fileno(), out.fileno(), run.nbytes - done, run.offset + done, offset + done
+                )
             except (AttributeError, OSError):  # another system, another file system; a full disk is met again below
                 moved = 0
             if not moved:
-                moved = write_all(out, source.bytes[source_offset : source_offset + step], offset)
-            source_offset, offset, count = source_offset + moved, offset + moved, count - moved
-            progress(moved)
+                write_all(out, run.bytes[done:], offset + done)
+                return
+            done += moved
 
 
-def write_all(out: BinaryIO, block, offset: int) -> int:
+def write_all(out: BinaryIO, block, offset: int):
     """Write a whole array at `offset`, however little the system takes at a time."""
     view = memoryview(block).cast("B")
     out.seek(offset)
     done = 0
     while done < len(view):
         done += out.write(view[done:])
-    return done
+
+
+def read_back(out: BinaryIO, offset: int, count: int) -> bytes:
+    """Read what was just written, which the page cache still holds."""
+    out.seek(offset)
+    content = out.read(count)
+    while len(content) < count:
+        content += out.read(count - len(content))
+    return content

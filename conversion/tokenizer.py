@@ -8,11 +8,13 @@ and changed between versions. (Llama 2's file under the same name is a sentencep
 import base64
 import binascii
 import json
+import re
 from pathlib import Path
 
 from hf_llama3.errors import UserError
+from hf_llama3.presets import VOCAB_SIZE
 
-from .manifest import read_json, what_became_of
+from .manifest import read_json, require_file, what_became_of
 
 # llama-models 0.3.0, models/llama3/tokenizer.py, `pat_str`
 PATTERN = (
@@ -42,6 +44,7 @@ NAMED = {
 }
 NAMED |= {"3.2": NAMED["3.1"], "3.3": NAMED["3.1"]}
 VERSIONS = ("2", *NAMED)
+TOKEN_NAMES = ("bos_token", "eos_token", "pad_token")
 SPECIAL = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 
 
@@ -65,14 +68,44 @@ def token_ids(names: list[str], first: int, instruct: bool) -> dict:
     }
 
 
-def token_ids_without_tokenizer(version: str) -> dict:
+def token_ids_without_tokenizer(version: str, vocab_size: int, instruct: bool) -> dict:
     """Return the ids that a configuration holds where no tokenizer.model of Llama 3 is at hand to tell them."""
+    if version != "2" and vocab_size == VOCAB_SIZE:
+        names = special_tokens(version)
+        return token_ids(names, vocab_size - len(names), instruct)
     begin, end = (1, 2) if version == "2" else (None, None)
     return {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": None}
 
 
+def find_hf_tokenizer(folder: Path) -> tuple[Path | None, str | None, str | None]:
+    """Find the tokenizer of a Hugging Face folder, its kind, and which generation of Llama it is of ("2" or "3")."""
+    model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+    kind = tokenizer_kind(model) if model.is_file() else None
+    if kind == "sentencepiece":
+        return model, kind, "2"
+    if fast.is_file():
+        # The one sign of a converted sentencepiece model that needs no parsing of 17 MB.
+        family = "2" if re.search(rb'"byte_fallback":\s*true', fast.read_bytes()) else None
+        return fast, "tokenizer.json", family
+    return (model, kind, "3") if kind else (None, None, None)
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """Find the chat template where version 5 keeps it, or where version 4 does."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read as UTF-8 text; write it again") from error
+    config = folder / "tokenizer_config.json"
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    return template if isinstance(template, str) else None
+
+
 def tokenizer_kind(path: Path) -> str:
     """Tell "tiktoken" from "sentencepiece" by the first byte: base64 is text, a sentencepiece model begins a record."""
+    require_file(path)
     if reason := what_became_of(path):
         raise UserError(f"{path} is no tokenizer{reason}")
     with open(path, "rb") as file:
@@ -121,12 +154,10 @@ def hf_tokenizer_files(
         chat_template: another than Llama 3's.
     """
     name_of = {len(tokens) + index: name for index, name in enumerate(names)}
-    begin, end, padding = (name_of.get(one_id(config[key])) for key in ("bos_token_id", "eos_token_id", "pad_token_id"))
+    begin, end, padding = (name_of.get(one_id(config[f"{key}_id"])) for key in TOKEN_NAMES)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the one name that versions 4 and 5 and all engines know
-        "bos_token": begin,
-        "eos_token": end,
-        **({"pad_token": padding} if padding else {}),
+        **{key: name for key, name in zip(TOKEN_NAMES, (begin, end, padding), strict=True) if name is not None},
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config["max_position_embeddings"],
@@ -138,13 +169,13 @@ def hf_tokenizer_files(
     return files | {"tokenizer_config.json": json.dumps(tokenizer_config, indent=2, ensure_ascii=False) + "\n"}
 
 
-def build_tokenizer(tokens: list[bytes], names: list[str], begin: str):
-    """Build the `tokenizers.Tokenizer` that gives Meta's ids, with the token `begin` before every text."""
+def build_tokenizer(tokens: list[bytes], names: list[str], begin: str | None):
+    """Build the `tokenizers.Tokenizer` that gives Meta's ids, with the token `begin` before every text, if any."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     characters = byte_characters()
     vocab = {spell(token, characters): rank for rank, token in enumerate(tokens)}
-    merges = [(spell(left, characters), spell(right, characters)) for left, right in all_merges(tokens)]
+    merges = [(spell(left, characters), spell(right, characters)) for left, right in all_merges(rank(tokens))]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -154,16 +185,12 @@ def build_tokenizer(tokens: list[bytes], names: list[str], begin: str):
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, **SPECIAL) for name in names])
-    tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single=f"{begin} $A",
-                pair=f"{begin} $A {begin}:1 $B:1",
-                special_tokens=[(begin, tokenizer.token_to_id(begin))],
-            ),
-        ]
-    )
+    steps = [processors.ByteLevel(trim_offsets=False)]
+    if begin is not None:
+        before = {"special_tokens": [(begin, tokenizer.token_to_id(begin))]}
+        pair = f"{begin} $A {begin}:1 $B:1"
+        steps.append(processors.TemplateProcessing(single=f"{begin} $A", pair=pair, **before))
+    tokenizer.post_processor = processors.Sequence(steps)
     return tokenizer
 
 
@@ -199,20 +226,27 @@ def meta_tokenizer_file(tokenizer_json: Path) -> tuple[bytes, list[str]]:
     if ids != list(range(len(ids))):
         raise UserError(f"the ids in {tokenizer_json} must be 0 to {len(ids) - 1}, special tokens last; they have gaps")
     characters = byte_characters()
-    expected = [(spell(left, characters), spell(right, characters)) for left, right in all_merges(tokens)]
+    expected = [(spell(left, characters), spell(right, characters)) for left, right in all_merges(rank(tokens))]
     if merges != expected:
         raise UserError(f"the merges in {tokenizer_json} do not follow from its ids, as they do in a tiktoken file")
     return tiktoken_file(tokens), names
 
 
-def all_merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """List every way to make a token of two, by the token's rank, then the parts': what a tiktoken file means."""
-    ranks = {token: rank for rank, token in enumerate(tokens)}
+def rank(tokens: list[bytes]) -> dict[bytes, int]:
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def all_merges(ranks: dict) -> list[tuple]:
+    """List every way to make a token of two, by the token's rank, then the parts': what ids that follow merges mean.
+
+    Args:
+        ranks: of the tokens, which are all bytes or all text.
+    """
     merges = []
-    for token in tokens:
+    for token in sorted(ranks, key=ranks.get):
         splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        pairs = [(ranks[left], ranks[right]) for left, right in splits if left in ranks and right in ranks]
-        merges += [(tokens[left], tokens[right]) for left, right in sorted(pairs)]
+        pairs = [(ranks[left], ranks[right], left, right) for left, right in splits if left in ranks and right in ranks]
+        merges += [(left, right) for _, _, left, right in sorted(pairs)]
     return merges
 
 

@@ -8,8 +8,10 @@ from tqdm import tqdm
 
 from hf_llama3.errors import UserError
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .cast import Cast
+from .checkpoint import Checkpoint
 from .hf_config import GEOMETRY
+from .opening import open_checkpoint
 from .params import MissingFlag
 from .plan import assemble
 from .tokenizer import meta_tokenizer_file
@@ -60,13 +62,21 @@ def open_both(source, target) -> tuple[Checkpoint, Checkpoint]:
     return tuple(opened.get(path) or open_checkpoint(path, rope_factor=factor) for path in (source, target))
 
 
-def verify_checkpoints(source: Checkpoint, target: Checkpoint, progress: bool = False) -> VerificationReport:
+def verify_checkpoints(
+    source: Checkpoint, target: Checkpoint, progress: bool = False, cast: Cast | None = None
+) -> VerificationReport:
+    """Compare two opened checkpoints; `cast` is what the target's types were made by, where they are others."""
     report = VerificationReport(str(source.path), str(target.path), 0, 0, compare_tokenizers(source, target))
     if report.tokenizer == "differs":
         report.differences.append("the tokenizer")
     for key in COMPARED:
         if source.config[key] != target.config[key]:
             report.differences.append(f"`{key}`: {source.config[key]} and {target.config[key]}")
+    for checkpoint in (source, target):
+        try:
+            checkpoint.check_copies()
+        except UserError as error:
+            report.differences.append(str(error))
     if sizes(source.config) != sizes(target.config) or len(source.rows) != len(target.rows):
         return report  # other shapes: nothing to compare
 
@@ -75,8 +85,8 @@ def verify_checkpoints(source: Checkpoint, target: Checkpoint, progress: bool = 
     with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=not progress) as bar:
         for ours, theirs in zip(source.rows, target.rows, strict=True):
             pair = [
-                assemble(checkpoint, row, target.format, 0, row.full_shape(size)[row.split or 0])
-                for checkpoint, row in ((source, ours), (target, theirs))
+                assemble(checkpoint, row, target.format, 0, row.full_shape(size)[row.split or 0], made_by)
+                for checkpoint, row, made_by in ((source, ours, cast), (target, theirs, None))
             ]
             if pair[0].dtype != pair[1].dtype:
                 report.differences.append(f"{ours.hf}: {pair[0].dtype.name} and {pair[1].dtype.name}")

@@ -10,8 +10,6 @@ parallel layer divides); transformers 4.46.3, convert_llama_weights_to_hf.py (`p
 
 from typing import NamedTuple
 
-from hf_llama3.errors import UserError
-
 
 class Row(NamedTuple):
     meta: str
@@ -86,15 +84,3 @@ def without_derived(tensors: dict, num_layers: int) -> dict:
     """Leave out what is computed from the configuration."""
     derived = {name.format(index) for name in DERIVED for index in range(num_layers)}
     return {name: tensor for name, tensor in tensors.items() if name not in derived}
-
-
-def check_names(found: set[str], expected: set[str], path):
-    """Raise unless the tensors of a checkpoint are the expected ones, to the name.
-
-    Raises:
-        UserError: naming the first few that are missing or unknown, with their number.
-    """
-    for verb, names in (("lacks", expected - found), ("holds unknown", found - expected)):
-        if names:
-            first = ", ".join(map(repr, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
-            raise UserError(f"{path} {verb} {len(names)} tensor{'s' * (len(names) > 1)}: {first}")

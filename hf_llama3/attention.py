@@ -45,11 +45,8 @@ class Llama3Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the block's output (B, T, E) and, from implementations that have them, the weights (B, H, T, S)."""
         batch_and_tokens = hidden_states.shape[:-1]
-        heads = (
-            *batch_and_tokens,
-            -1,
-            self.head_dim,
-        )  # the head count is inferred: under tensor parallelism it is less
+        # The head count is inferred: under tensor parallelism there are fewer.
+        heads = (*batch_and_tokens, -1, self.head_dim)
         queries = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, H, T, D)
         keys = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # (B, K, T, D)
         values = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (B, K, T, D)
@@ -82,7 +79,7 @@ def attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute softmax(q k^T * scaling + mask) v; the mask (B, 1, T, S) holds 0 where a key may be seen, else -inf."""
+    """Compute softmax(q k^T * scaling + mask) v; the mask (B, 1, T, S) is 0 where a key may be seen, else very low."""
     keys = repeat_heads(keys, module.num_key_value_groups)  # (B, H, S, D)
     values = repeat_heads(values, module.num_key_value_groups)  # (B, H, S, D)
     scores = queries @ keys.transpose(2, 3) * scaling  # (B, H, T, S)

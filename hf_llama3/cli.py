@@ -12,6 +12,8 @@ import typer
 
 from . import __version__
 from .errors import UserError
+from .generation.defaults import DTYPES, MAX_NEW_TOKENS
+from .training.settings import Settings
 
 app = typer.Typer(
     help="Llama 3 as a Hugging Face model package, and the bridge to Meta's checkpoint format.",
@@ -23,6 +25,9 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document 
 
 
 def main():
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its number
     try:
         app()
     except UserError as error:
@@ -85,8 +90,9 @@ def convert(
     to: Annotated[str | None, typer.Option(help="hf or meta; the format that SOURCE is not, if omitted.")] = None,
     mp: Annotated[int | None, typer.Option(help="Model-parallel shards of a Meta target.")] = None,
     model_type: Annotated[
-        str, typer.Option("--as", help="llama: every tool reads it; llama3: this package's type, with its code.")
-    ] = "llama",
+        str | None, typer.Option("--as", help="llama (default): every tool reads it; llama3: our type, with its code.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type to cast to; every tensor keeps its own if omitted.")] = None,
     rope_factor: Annotated[float | None, typer.Option(help="RoPE factor, where no file says it.")] = None,
     llama_version: Annotated[
         str | None, typer.Option(help="2, 3.0, 3.1, 3.2 or 3.3, where the inferred one is wrong.")
@@ -94,7 +100,7 @@ def convert(
     instruct: Annotated[
         bool | None, typer.Option("--instruct/--base", help="Whether a Meta checkpoint was tuned for dialogue.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    max_shard_size: Annotated[str | None, typer.Option(help="Largest safetensors file, 5GB if omitted.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan all, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET once the new one is whole.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare every tensor to the bit after.")] = True,
@@ -109,6 +115,7 @@ def convert(
         to,
         mp,
         model_type=model_type,
+        dtype=dtype,
         rope_factor=rope_factor,
         llama_version=llama_version,
         instruct=instruct,
@@ -153,27 +160,22 @@ def verify(
 def train(
     text: Annotated[Path, typer.Option(help="Text in UTF-8.")],
     output: Annotated[Path, typer.Option(help="Model folder to make.")],
-    tokenizer: Annotated[str, typer.Option(help="bpe:N, a byte-level BPE of N tokens.")] = "bpe:2048",
-    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 4,
-    hidden_size: Annotated[int, typer.Option(help="Width.")] = 192,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 6,
-    kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = 2,
-    context: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
-    batch_size: Annotated[int, typer.Option(help="Windows per step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's, at its peak.")] = 3e-3,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="bpe:N, a byte-level BPE of N tokens.")] = Settings.tokenizer,
+    layers: Annotated[int, typer.Option(help="Decoder layers.")] = Settings.layers,
+    hidden_size: Annotated[int, typer.Option(help="Width.")] = Settings.hidden_size,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = Settings.heads,
+    kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = Settings.kv_heads,
+    context: Annotated[int, typer.Option(help="Tokens per window.")] = Settings.context,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = Settings.steps,
+    batch_size: Annotated[int, typer.Option(help="Windows per step.")] = Settings.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's, at its peak.")] = Settings.learning_rate,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = Settings.eval_every,
     license: Annotated[str | None, typer.Option(help="Licence of the model, as the Hub knows it.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights and windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights and windows.")] = Settings.seed,
     as_json: JsonFlag = False,
 ):
     """Train a Llama 3 from scratch on a text and leave a model folder."""
-    from .model_card import build_card
-    from .training import train
-
-    report = train(
-        text,
-        output,
+    settings = Settings(
         tokenizer=tokenizer,
         layers=layers,
         hidden_size=hidden_size,
@@ -185,8 +187,11 @@ def train(
         learning_rate=learning_rate,
         eval_every=eval_every,
         seed=seed,
-        progress=True,
-    ).to_dict()
+    )
+    from .model_card import build_card
+    from .training import train
+
+    report = train(text, output, settings, progress=True).to_dict()
     if license is not None:
         (output / "README.md").write_text(build_card(output, license), "utf-8")
     if as_json:
@@ -201,11 +206,12 @@ def generate(
     model: Annotated[str, typer.Argument(help="Folder of either format, or a name on the Hub.")],
     prompt: Annotated[str | None, typer.Argument(help="Text to complete.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File with a prompt on each line.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most, for each prompt.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(help="At most, for each prompt.")] = MAX_NEW_TOKENS,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "auto",
+    rope_factor: Annotated[float | None, typer.Option(help="Of a directory of Meta's, where no file says it.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.")] = None,
     as_json: JsonFlag = False,
 ):
@@ -215,7 +221,7 @@ def generate(
     from .generation import generate_text, load_model
 
     texts = [prompt] if prompts is None else read_lines(prompts)
-    loaded, tokenizer = load_model(model, dtype)
+    loaded, tokenizer = load_model(model, dtype, rope_factor)
     completions = generate_text(loaded, tokenizer, texts, max_new_tokens, temperature, top_p, seed, stop)
     if as_json:
         print_json([completion.to_dict() for completion in completions])
@@ -236,8 +242,11 @@ def card(
     content = build_card(folder, license)
     if output is None:
         print(content, end="")
-    else:
+        return
+    try:
         output.write_text(content, "utf-8")
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}") from error
 
 
 def read_lines(path: Path) -> list[str]:

@@ -4,19 +4,20 @@ The defaults are those of Meta-Llama-3-8B. Llama 2 and Code Llama are the same a
 multi-head attention (`num_key_value_heads=None`), `rope_theta` 10000 or 1e6, a vocabulary of 32000 or 32016.
 """
 
+import copy
 import difflib
 import warnings
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig
 
-LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+from .rotary import check_rope
 
 # Keywords that the library or older configurations use and that are no fields of their own.
 LIBRARY_KEYWORDS = {
-    *("attn_implementation", "auto_map", "experts_implementation", "partial_rotary_factor", "per_layer_config"),
-    *("pretraining_tp", "quantization_config", "rope_scaling", "rope_theta", "tokenizer_class", "torch_dtype"),
-    *vars(GenerationConfig()),
+    *("attn_implementation", "auto_map", "classifier_dropout", "experts_implementation", "hidden_dropout"),
+    *("partial_rotary_factor", "per_layer_config", "pretraining_tp", "quantization_config", "rope_scaling"),
+    *("rope_theta", "tokenizer_class", "torch_dtype", *vars(GenerationConfig())),
 }
 
 
@@ -51,7 +52,8 @@ class Llama3Config(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id: token ids; `eos_token_id` may be a list, each of which ends a text.
 
     Raises:
-        ValueError: in `__init__`, for numbers that contradict each other.
+        ValueError, huggingface_hub.errors.StrictDataclassError: in `__init__`, for values that contradict each other or
+            have another type.
     """
 
     model_type = "llama3"
@@ -100,10 +102,9 @@ class Llama3Config(PreTrainedConfig):
             self._require_multiple("hidden_size", "num_attention_heads")
             self.head_dim = self.hidden_size // self.num_attention_heads
 
-        scaling = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}
-        self.rope_parameters = dict(scaling)  # a copy: the library writes into it
-        if scaling.get("rope_type", scaling.get("type")) == "llama3":
-            check_llama3_scaling(scaling)
+        rope = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}
+        self.rope_parameters = dict(rope)  # a copy: the library writes into it
+        check_rope(rope)
 
         for name in sorted(kwargs.keys() - LIBRARY_KEYWORDS):
             if not name.startswith("_") and not hasattr(type(self), name):
@@ -144,18 +145,8 @@ def from_upstream(config_dict: dict) -> dict:
     """Translate the configuration of a `model_type: llama` checkpoint: what it leaves out has *upstream's* defaults."""
     if config_dict.get("model_type") != LlamaConfig.model_type:
         return config_dict
-    return LlamaConfig.from_dict(config_dict).to_dict() | {"model_type": Llama3Config.model_type}
-
-
-def check_llama3_scaling(scaling: dict):
-    """Raise unless the scaling is complete (the library would fill gaps by a silent guess) and ordered."""
-    if missing := [key for key in LLAMA3_ROPE_KEYS if scaling.get(key) is None]:
-        raise ValueError(f"`rope_parameters` of type 'llama3' must hold {LLAMA3_ROPE_KEYS}, lacks {missing}")
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    if not 0 < low < high:
-        raise ValueError(f"`low_freq_factor` must lie between 0 and `high_freq_factor`, got {low} and {high}")
-    if not scaling["factor"] >= 1:
-        raise ValueError(f"`factor` of `rope_parameters` must be at least 1, got {scaling['factor']}")
+    theirs = LlamaConfig.from_dict(copy.deepcopy(config_dict))  # the library writes into what it is given
+    return theirs.to_dict() | {"model_type": Llama3Config.model_type}
 
 
 def warn_unknown(name: str, known: list[str]):

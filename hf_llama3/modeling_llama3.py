@@ -201,7 +201,8 @@ class Llama3ForTokenClassification(GenericForTokenClassification, Llama3PreTrain
         Llama3PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = Llama3Model(config)
-        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.1)
+        rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

@@ -1,5 +1,7 @@
 """The main job from end to end, in small and offline: text, tokenizer, training, both formats, proof, generation."""
 
+import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -23,36 +25,37 @@ def quickstart(output, text=None) -> None:
     Raises:
         UserError: the output exists, or the text cannot be trained on.
     """
-    output, started = Path(output), time.perf_counter()
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} already exists; choose another --output")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .conversion import convert, verify
     from .generation import generate_text
     from .model_card import build_card
-    from .training import train
-    from .training.recipe import uniform_loss
+    from .training import Settings, train
+    from .training.data import read_text
+    from .training.recipe import check_output
 
-    output.mkdir(parents=True, exist_ok=True)
+    output, started = Path(output), time.perf_counter()
+    check_output(output)
     hf, meta, again = output / "hf", output / "meta", output / "hf-again"
     if text is None:
+        output.mkdir(parents=True, exist_ok=True)
         text = output / "text.txt"
         text.write_text(python_documentation(), "utf-8")
+    read_text(Path(text))  # before anything is made
 
     say(f"1. Train a tokenizer and a small Llama 3 on {text}")
-    report = train(text, hf, steps=STEPS, progress=True)
-    first, last, nothing = report.first_loss, report.validation_loss, uniform_loss(report.vocab_size)
+    report = train(text, hf, Settings(steps=STEPS), progress=True)
+    first, last, nothing = report.first_loss, report.validation_loss, math.log(report.vocab_size)
     say(f"   {report.num_parameters:,} parameters, {report.tokens:,} tokens")
-    say(say(f"   validation loss {first:.2f} at the start (ln {report.vocab_size} = {nothing:.2f}), now {last:.2f}"))
+    say(f"   validation loss {first:.2f} at the start (ln {report.vocab_size} = {nothing:.2f}), now {last:.2f}")
     (hf / "README.md").write_text(build_card(hf, LICENSE), "utf-8")
 
     say(f"2. Convert to Meta's format, {SHARDS} shards, and back")
-    there = convert(hf, meta, mp=SHARDS, progress=True)
-    back = convert(meta, again, progress=True)
+    convert(hf, meta, mp=SHARDS, progress=True)
+    convert(meta, again, progress=True)
     proof = verify(hf, again, progress=True)
-    if not (there.verification.ok and back.verification.ok and proof.ok):
-        raise UserError(f"{again} differs from {hf}: {proof.differences}; please report this")
+    if not proof.ok:
+        raise UserError(f"{again} differs from {hf} in {proof.differences[0]}; please report this")
     say(f"   {proof.tensors} tensors equal to the bit there and back, tokenizer {proof.tokenizer}")
 
     say(f"3. Load {again} through AutoModelForCausalLM and generate")
@@ -70,7 +73,7 @@ def quickstart(output, text=None) -> None:
         print(f"{path!s:<24} {size / 1e6:6.1f} MB  {meaning}")
     print(f"\nDone in {time.perf_counter() - started:.0f} s. Next:")
     for command in NEXT:
-        print("  " + command.format(hf=hf, meta=meta))
+        print("  " + command.format(hf=shlex.quote(str(hf)), meta=shlex.quote(str(meta))))
 
 
 def say(line: str):

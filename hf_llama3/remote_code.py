@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from .errors import UserError
+
 CODE_FILES = (
     "configuration_llama3.py",
     "modeling_llama3.py",
@@ -31,16 +33,26 @@ def add_code(folder):
 
     The library's own way (`register_for_auto_class`) maps only the class that was saved, and engines such as vLLM look
     for `AutoModel`.
+
+    Raises:
+        UserError: the folder is of another type, which needs no code.
     """
-    folder = Path(folder)
-    for name, content in code_files().items():
-        (folder / name).write_bytes(content)
-    path = folder / "config.json"
+    path = Path(folder) / "config.json"
     config = json.loads(path.read_text("utf-8"))
+    if config.get("model_type") != "llama3":
+        raise UserError(f"`model_type` in {path} must be 'llama3' to carry code, got {config.get('model_type')!r}")
+    for name, content in code_files().items():
+        (Path(folder) / name).write_bytes(content)
     path.write_text(json.dumps(config | {"auto_map": AUTO_MAP}, indent=2) + "\n", "utf-8")
 
 
 def save_with_code(model, folder, **kwargs):
-    """Save a model with the six files beside it; `kwargs` go to `save_pretrained`."""
+    """Save a model with the six files beside it; `kwargs` go to `save_pretrained`.
+
+    Raises:
+        UserError: it is to be uploaded at once, before the code stands there.
+    """
+    if kwargs.get("push_to_hub"):
+        raise UserError("save_with_code writes a folder; upload that instead of passing push_to_hub=True")
     model.save_pretrained(folder, **kwargs)
     add_code(folder)

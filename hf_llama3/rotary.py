@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
-from .configuration_llama3 import Llama3Config
+ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
+LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class Llama3RotaryEmbedding(nn.Module):
@@ -23,7 +24,7 @@ class Llama3RotaryEmbedding(nn.Module):
     attributes' names are those that `PreTrainedModel._init_weights` and `dynamic_rope_update` read.
     """
 
-    def __init__(self, config: Llama3Config, device=None):
+    def __init__(self, config, device=None):
         super().__init__()
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
@@ -52,7 +53,7 @@ class Llama3RotaryEmbedding(nn.Module):
         return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
 
     @staticmethod
-    def compute_default_rope_parameters(config: Llama3Config, device=None, **unused) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(config, device=None, **unused) -> tuple[torch.Tensor, float]:
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
@@ -94,3 +95,19 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, T, D/2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def check_rope(rope: dict):
+    """Raise unless the type exists and Llama 3's scaling is ordered and complete: the library fills gaps by guesses."""
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"`rope_type` must be one of {ROPE_TYPES}, got {rope_type!r}")
+    if rope_type != "llama3":
+        return
+    if missing := [key for key in LLAMA3_ROPE_KEYS if rope.get(key) is None]:
+        raise ValueError(f"`rope_parameters` of type 'llama3' must hold {LLAMA3_ROPE_KEYS}, lacks {missing}")
+    if not 0 < rope["low_freq_factor"] < rope["high_freq_factor"]:
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        raise ValueError(f"`low_freq_factor` must lie between 0 and `high_freq_factor`, got {low} and {high}")
+    if not rope["factor"] >= 1:
+        raise ValueError(f"`factor` of `rope_parameters` must be at least 1, got {rope['factor']}")

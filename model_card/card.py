@@ -4,14 +4,16 @@ import math
 import re
 from pathlib import Path
 
-from hf_llama3.conversion import inspect
-from hf_llama3.conversion.checkpoint import read_optional
 from jinja2 import Environment, StrictUndefined
 
 from hf_llama3 import __version__
+from hf_llama3.conversion import inspect
+from hf_llama3.conversion.manifest import TRAINING_FACTS, read_json
 from hf_llama3.errors import UserError
 
 LICENSE_LINE = re.compile(r"^license: *(\S+) *$", re.MULTILINE)
+LICENSE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
+NEEDED_FACTS = {"text", "steps", "batch_size", "context", "first_loss", "validation_loss", "vocab_size"}
 
 
 def build_card(folder, license: str | None = None) -> str:
@@ -30,20 +32,38 @@ def build_card(folder, license: str | None = None) -> str:
     license = license or read_license(folder / "README.md")
     if license is None:
         raise UserError(f"{folder} has no licence yet; add --license with the one you choose, such as apache-2.0")
-    training = read_optional(folder / "training.json")
-    if training is not None:
-        training["uniform_loss"] = math.log(training["vocab_size"])
+    if not LICENSE_NAME.fullmatch(license):
+        raise UserError(f"--license must be an identifier as the Hub has it, such as apache-2.0, got {license!r}")
     template = (Path(__file__).parent / "template.md").read_text("utf-8")
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     return environment.from_string(template).render(
-        name=folder.resolve().name, license=license, info=info, training=training, version=__version__
+        name=folder.resolve().name,
+        license=license,
+        info=info,
+        own_type=(folder / "modeling_llama3.py").exists(),
+        training=read_training(folder / TRAINING_FACTS),
+        version=__version__,
     )
+
+
+def read_training(path: Path) -> dict | None:
+    """Read what this package's training left, if it is that."""
+    facts = read_json(path) if path.exists() else {}
+    if not facts.keys() >= NEEDED_FACTS:
+        return None
+    return facts | {"uniform_loss": math.log(facts["vocab_size"])}
 
 
 def read_license(readme: Path) -> str | None:
     """Find the licence in the front matter of a card."""
     if not readme.exists():
         return None
-    parts = readme.read_text("utf-8").split("---\n")
-    match = LICENSE_LINE.search(parts[1]) if len(parts) > 2 and not parts[0] else None
+    try:
+        lines = readme.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{readme} cannot be read as UTF-8 text; mend or remove it") from error
+    if lines[:1] != ["---"] or "---" not in lines[1:]:
+        return None
+    front_matter = "\n".join(lines[1 : lines.index("---", 1)])
+    match = LICENSE_LINE.search(front_matter)
     return match[1] if match else None

@@ -1,6 +1,7 @@
 """The command line: what it prints, how it exits, and what a user does wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,6 @@ from checkpoints import hf_model, params, real_tokenizer, write_meta
 from command_line import refuse, run
 from safetensors.torch import load_file, save_file
 
-from hf_llama3.cli import app
 from hf_llama3.training.data import read_text
 from hf_llama3.training.tokenizer import make_tokenizer, train_bpe
 
@@ -180,7 +180,7 @@ def test_neither_format(tmp_path):
 
 def test_shards_without_params(meta, tmp_path):
     (meta / "params.json").unlink()
-    assert "holds 1 .pth files but no params.json" in refused_without_a_trace(tmp_path, "inspect", meta)
+    assert "holds consolidated.00.pth but no params.json" in refused_without_a_trace(tmp_path, "inspect", meta)
 
 
 def test_params_without_shards(meta, tmp_path):
@@ -192,7 +192,7 @@ def test_missing_shard(tmp_path):
     write_meta(tmp_path / "meta", params(), mp=4)
     (tmp_path / "meta" / "consolidated.02.pth").unlink()
     sentence = refused_without_a_trace(tmp_path, "convert", tmp_path / "meta", tmp_path / "out")
-    assert "lacks consolidated.02.pth of 4 shards" in sentence
+    assert "lacks shard 2 of 4 (consolidated.02.pth); download it" in sentence
 
 
 def test_adapter(tmp_path):
@@ -260,8 +260,12 @@ def test_target_exists(meta, tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("keep me")
     sentence = refused_without_a_trace(tmp_path, "convert", meta, tmp_path / "out")
     assert sentence.endswith("out already exists; choose another target or add --overwrite")
+    sentence = refused_without_a_trace(tmp_path, "convert", meta, tmp_path / "out", "--overwrite")
+    assert "is no checkpoint, so it is not overwritten" in sentence
+    (tmp_path / "out" / "config.json").write_text("{}")  # now it looks like one
     run("convert", meta, tmp_path / "out", "--overwrite")
-    assert not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "model.safetensors").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"meta", "out"}
 
 
 def test_empty_target_is_taken(meta, tmp_path):
@@ -284,6 +288,12 @@ def test_target_within_source(target, meta, tmp_path):
         (["--as", "mistral"], "--as must be 'llama' or 'llama3', got 'mistral'"),
         (["--to", "hf", "--mp", 2], "--mp divides a checkpoint of Meta's format, got 2 with --to hf"),
         (["--llama-version", "5"], "--llama-version must be one of"),
+        (["--rope-factor", "0.5"], "--rope-factor must be a number of at least 1, got 0.5"),
+        (["--rope-factor", "nan"], "--rope-factor must be a number of at least 1, got nan"),
+        (["--rope-factor", "8"], "does not scale RoPE"),
+        (["--dtype", "int8"], "--dtype must be one of ['bfloat16', 'float16', 'float32', 'float64'], got 'int8'"),
+        (["--to", "meta", "--as", "llama3"], "--as is for a Hugging Face target, got 'llama3' with --to meta"),
+        (["--to", "meta", "--max-shard-size", "1GB"], "--max-shard-size is for a Hugging Face target"),
         (["--max-shard-size", "lots"], "--max-shard-size must be a number with one of"),
     ],
 )
@@ -315,7 +325,14 @@ def test_prompt_beyond_the_context(talker):
         ([], "give either a prompt or --prompts with a file"),
         (["hi", "--prompts", "x"], "give either a prompt or --prompts with a file"),
         (["--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
-        (["hi", "--dtype", "int3"], "--dtype must be auto or a type such as bfloat16, got 'int3'"),
+        (["hi", "--dtype", "float8_e4m3fn"], "--dtype must be one of ('auto', 'float32', 'bfloat16', "),
+        (["hi", "--max-new-tokens", 0], "--max-new-tokens must be between 1 and inf, got 0"),
+        (["hi", "--temperature", -1], "--temperature must be between 0 and 100, got -1"),
+        (["hi", "--temperature", "nan"], "--temperature must be between 0 and 100, got nan"),
+        (["hi", "--top-p", 2], "--top-p must be between 1e-06 and 1, got 2"),
+        (["hi", "--seed", -1], "--seed must be between 0 and"),
+        (["hi", "--rope-factor", 8], "--rope-factor is for Meta's format"),
+        (["--prompts", "/dev/null"], "there must be at least one prompt, got none"),
     ],
 )
 def test_impossible_generation(options, message, talker):
@@ -323,7 +340,34 @@ def test_impossible_generation(options, message, talker):
 
 
 def test_model_without_tokenizer(meta):
-    assert "must hold a tokenizer.model of Llama 3, got None" in refuse("generate", meta, "hi")
+    assert "holds no tokenizer, without which there is no text" in refuse("generate", meta, "hi")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"short"), "is not a whole safetensors file"),
+        (lambda f: edit_json(f / "config.json", hidden_size=128), "64] in model.safetensors"),
+        (lambda f: edit_json(f / "config.json", model_type="bert"), "`model_type` in"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "cannot be loaded"),
+        (lambda f: drop_tensor(f, "model.norm.weight"), "lacks 1 tensor: 'model.norm.weight'"),
+    ],
+)
+def test_damaged_model(damage, message, talker, tmp_path):
+    """Nothing is generated from weights that are not there: the library would draw them at random and go on."""
+    shutil.copytree(talker, tmp_path / "damaged")
+    damage(tmp_path / "damaged")
+    assert message in refuse("generate", tmp_path / "damaged", "hi")
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def drop_tensor(folder, name):
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(name)
+    save_file(weights, folder / "model.safetensors")
 
 
 def test_unknown_model():
@@ -339,6 +383,11 @@ def test_unknown_model():
         (TEXT.encode(), ["--tokenizer", "bpe:10"], "bpe:N must have at least 512 tokens"),
         (TEXT.encode(), ["--heads", 5], "no model has this shape: `hidden_size` must be a multiple of"),
         (TEXT.encode(), ["--kv-heads", 4], "no model has this shape: `num_attention_heads` must be a multiple of"),
+        (TEXT.encode(), ["--steps", 0], "--steps must be at least 1, got 0"),
+        (TEXT.encode(), ["--batch-size", 0], "--batch-size must be at least 1, got 0"),
+        (TEXT.encode(), ["--seed", -1], "--seed must be between 0 and 4294967295, got -1"),
+        (TEXT.encode(), ["--learning-rate", "nan"], "--learning-rate must be positive, got nan"),
+        (TEXT.encode(), ["--tokenizer", "bpe:²"], "--tokenizer must be bpe:N with a number of tokens, got 'bpe:²'"),
         (TEXT.encode(), ["--tokenizer", "word"], "--tokenizer must be bpe:N with a number of tokens, got 'word'"),
     ],
 )
@@ -348,14 +397,40 @@ def test_impossible_training(content, options, message, tmp_path):
     assert message in refused_without_a_trace(tmp_path, *arguments, *options)
 
 
+def test_output_that_cannot_be_made(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    for output in (tmp_path / "text.txt", tmp_path / "text.txt" / "out"):
+        for command in (["train", "--text", tmp_path / "text.txt"], ["quickstart"]):
+            sentence = refused_without_a_trace(tmp_path, *command, "--output", output)
+            assert "already exists" in sentence or "cannot be made" in sentence
+    sentence = refused_without_a_trace(
+        tmp_path, "quickstart", "--text", tmp_path / "no.txt", "--output", tmp_path / "o"
+    )
+    assert "no.txt cannot be read" in sentence
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"---\nlicense: mit\n---\n", [], None),
+        (b"---\r\nlicense: mit\r\n---\r\n", [], None),
+        (b"\xff\xfe", [], "README.md cannot be read as UTF-8 text"),
+        (b"", ["--license", "MIT: yes"], "--license must be an identifier as the Hub has it"),
+        (b"", ["--license", "mit", "--output", "/nowhere/card.md"], "/nowhere/card.md cannot be written"),
+    ],
+)
+def test_card_of_a_folder_that_people_wrote_in(content, options, message, hf):
+    (hf / "README.md").write_bytes(content)
+    (hf / "training.json").write_text('{"mine": 1}')  # not what this package's training leaves
+    if message is None:
+        assert run("card", hf, *options).stdout.startswith("---\nlicense: mit\n")
+    else:
+        assert message in refuse("card", hf, *options)
+
+
 def test_card_needs_a_licence(hf, meta):
     assert "has no licence yet; add --license with the one you choose" in refuse("card", hf)
     assert "is in Meta's format; convert it first" in refuse("card", meta, "--license", "mit")
-
-
-def test_every_command_is_tested():
-    names = {command.callback.__name__ for command in app.registered_commands}
-    assert names == {"quickstart", "inspect", "convert", "verify", "generate", "train", "card"}
 
 
 def test_text_is_read_as_it_is(tmp_path):

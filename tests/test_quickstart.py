@@ -5,10 +5,10 @@ import math
 
 import pytest
 from checkpoints import real_tokenizer
-from hf_llama3.conversion import inspect, verify
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_llama3.quickstart as module
+from hf_llama3.conversion import inspect, verify
 from hf_llama3.errors import UserError
 
 
@@ -35,10 +35,10 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
 def test_tokenizer_is_in_metas_format(tmp_path):
     """tiktoken reads the quickstart's tokenizer.model as it reads Meta's, and gives the ids of tokenizer.json."""
     import tiktoken
-    from hf_llama3.conversion.tokenizer import PATTERN
     from tiktoken.load import load_tiktoken_bpe
     from tokenizers import Tokenizer
 
+    from hf_llama3.conversion.tokenizer import PATTERN
     from hf_llama3.training.tokenizer import make_tokenizer, train_bpe
 
     text = module.python_documentation()

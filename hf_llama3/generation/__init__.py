@@ -1,5 +1,12 @@
 """Text from a model: loading by what lies in a folder, prompts in, completions out."""
 
-from .text import Completion, generate_text, load_model
+import importlib
 
-__all__ = ["Completion", "generate_text", "load_model"]
+_HOMES = {"Completion": "text", "generate_text": "text", "load_model": "text"}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

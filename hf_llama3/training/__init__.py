@@ -1,5 +1,12 @@
 """Llama 3 from scratch, on a text: tokenizer, data and recipe."""
 
-from .recipe import TrainingReport, train
+import importlib
 
-__all__ = ["TrainingReport", "train"]
+_HOMES = {"Settings": "settings", "TrainingReport": "recipe", "train": "recipe"}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

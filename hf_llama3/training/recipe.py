@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.conversion.hf_config import make_portable
+from hf_llama3.conversion.manifest import TRAINING_FACTS
 from hf_llama3.conversion.params import feed_forward_size
 from hf_llama3.errors import UserError
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
@@ -26,9 +27,8 @@ from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 from .data import ConsecutiveWindows, RandomWindows, read_text, split_text
 from .optimizer import MuonWithAdamW
 from .progress import ProgressBar
+from .settings import Settings
 from .tokenizer import make_tokenizer, train_bpe
-
-TRAINING_FACTS = "training.json"  # stays in the folder, for the model card
 
 
 @dataclass
@@ -54,51 +54,25 @@ class TrainingReport:
         return asdict(self)
 
 
-def train(
-    text,
-    output,
-    *,
-    tokenizer: str = "bpe:2048",
-    layers: int = 4,
-    hidden_size: int = 192,
-    heads: int = 6,
-    kv_heads: int = 2,
-    context: int = 128,
-    steps: int = 500,
-    batch_size: int = 16,
-    learning_rate: float = 3e-3,
-    matrix_learning_rate: float = 0.02,
-    eval_every: int | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> TrainingReport:
+def train(text, output, settings: Settings = Settings(), progress: bool = False) -> TrainingReport:  # noqa: B008
     """Train a Llama 3 from scratch on a text and leave a model folder in `output`.
 
     Args:
         text: file in UTF-8; the first nine tenths train, the rest validates.
-        output: folder to make; intermediate checkpoints stand in it as checkpoint-N.
-        tokenizer: "bpe:N", a byte-level BPE of N tokens trained on the training part.
-        layers, hidden_size, heads, kv_heads: shape of the model, see `Llama3Config`.
-        context: tokens per window.
-        steps: optimiser steps.
-        batch_size: windows per step.
-        learning_rate: of AdamW, at its peak after a tenth of the steps; it falls to zero along a cosine.
-        matrix_learning_rate: of Muon, which trains the layers' matrices, likewise.
-        eval_every: optimiser steps between evaluations; a fifth of the steps if omitted.
-        seed: of weights and windows.
+        output: folder to make.
         progress: show a bar on standard error.
 
     Raises:
         UserError: the text cannot be read or is too short, the output exists, or the shape is impossible.
     """
     started, text, output = time.perf_counter(), Path(text), Path(output)
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} already exists; choose another output")
-    set_seed(seed)
+    check_output(output)
+    set_seed(settings.seed)
+    context, steps = settings.context, settings.steps
 
     # Data and tokenizer
     training_text, validation_text = split_text(read_text(text))
-    tokens = train_bpe([training_text], parse_tokenizer(tokenizer))
+    tokens = train_bpe([training_text], settings.vocab_size)
     tokenizer_files, vocabulary = make_tokenizer(tokens, context)
     encoder = Tokenizer.from_buffer(tokenizer_files["tokenizer.json"])
     training, validation = (encode(encoder, part) for part in (training_text, validation_text))
@@ -112,34 +86,30 @@ def train(
     try:
         config = Llama3Config(
             **vocabulary,
-            hidden_size=hidden_size,
-            intermediate_size=feed_forward_size(hidden_size, 32, None),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
+            hidden_size=settings.hidden_size,
+            intermediate_size=feed_forward_size(settings.hidden_size, 32, None),
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.kv_heads,
             max_position_embeddings=context,
             tie_word_embeddings=True,
         )
     except (StrictDataclassError, ValueError) as error:
         raise UserError(f"no model has this shape: {error.__cause__ or error}") from error
     model = Llama3ForCausalLM(config)
-    output.mkdir(parents=True, exist_ok=True)
-    for name, content in tokenizer_files.items():
-        (output / name).write_bytes(content)
 
     # Optimiser and loop
-    eval_every = eval_every or max(steps // 5, 1)
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        learning_rate=learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(steps // 10, 1),
         max_grad_norm=1.0,
         eval_strategy="steps",
-        eval_steps=eval_every,
+        eval_steps=settings.eval_every or max(steps // 5, 1),
         eval_on_start=True,
         save_strategy="no",
         logging_steps=max(steps // 50, 1),
@@ -147,22 +117,24 @@ def train(
         remove_unused_columns=False,  # or `shift_labels` is, and the model shifts the labels a second time
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
-        seed=seed,
-        data_seed=seed,
+        seed=settings.seed,
+        data_seed=settings.seed,
     )
-    bar = ProgressBar(batch_size * context, config.vocab_size, progress)
+    bar = ProgressBar(settings.batch_size * context, config.vocab_size, progress)
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=RandomWindows(training, context, steps * batch_size, seed),
+        train_dataset=RandomWindows(training, context, steps * settings.batch_size, settings.seed),
         eval_dataset=ConsecutiveWindows(validation, context),
         callbacks=[bar],
-        optimizers=(MuonWithAdamW(model, learning_rate, matrix_learning_rate), None),
+        optimizers=(MuonWithAdamW(model, settings.learning_rate, settings.matrix_learning_rate), None),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 
     # Report
+    for name, content in tokenizer_files.items():
+        (output / name).write_bytes(content)
     model.config.use_cache = True  # the Trainer switched it off
     model.save_pretrained(output)
     make_portable(output)
@@ -174,9 +146,9 @@ def train(
         num_parameters=model.num_parameters(),
         context=context,
         steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
         first_loss=bar.curves["validation"][0][1],
         validation_loss=bar.curves["validation"][-1][1],
         seconds=round(time.perf_counter() - started, 1),
@@ -186,11 +158,13 @@ def train(
     return report
 
 
-def parse_tokenizer(kind: str) -> int:
-    name, _, size = kind.partition(":")
-    if name != "bpe" or not size.isdigit():
-        raise UserError(f"--tokenizer must be bpe:N with a number of tokens, got {kind!r}")
-    return int(size)
+def check_output(output: Path):
+    """Raise unless a folder can be made there."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"{output} already exists; choose another --output")
+    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"{output} cannot be made: {parent} is a file; choose another --output")
 
 
 def encode(encoder: Tokenizer, text: str) -> np.ndarray:

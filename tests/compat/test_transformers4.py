@@ -11,9 +11,10 @@ import subprocess
 import pytest
 import torch
 from checkpoints import params, real_tokenizer, write_meta
-from hf_llama3.conversion import convert
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_llama3.conversion import convert
 
 pytestmark = pytest.mark.compat
 

@@ -4,6 +4,11 @@ import json
 
 import pytest
 from checkpoints import FFN, params
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, LlamaConfig
+
+from hf_llama3 import Llama3Config
 from hf_llama3.conversion.hf_config import portable_config, read_config
 from hf_llama3.conversion.params import (
     MissingFlag,
@@ -15,11 +20,6 @@ from hf_llama3.conversion.params import (
     read_params,
 )
 from hf_llama3.conversion.sidecar import CONFIG_KEYS, SIDECAR, make_sidecar, read_sidecar
-from hypothesis import given
-from hypothesis import strategies as st
-from transformers import AutoConfig, LlamaConfig
-
-from hf_llama3 import Llama3Config
 from hf_llama3.errors import UserError
 from hf_llama3.presets import PRESETS, config_of, llama3_scaling
 
@@ -81,8 +81,16 @@ def test_unreleased_shape_asks_for_the_factor(tmp_path):
     scaled = params(use_scaled_rope=True)
     with pytest.raises(MissingFlag, match=r"2 layers of 64 are no released model; add --rope-factor"):
         params_to_config(scaled, tmp_path, 512)
-    config, _ = params_to_config(scaled, tmp_path, 512, rope_factor=32)
+    config, _ = params_to_config(scaled, tmp_path, 512, given_factor=32)
     assert config["rope_parameters"] == {"rope_theta": 500000.0} | llama3_scaling(32)
+
+
+def test_factor_is_taken_from_the_first_that_says_it(tmp_path):
+    scaled = params(use_scaled_rope=True, rope_scaling_factor=16.0)
+    for user, kept, factor in ((4.0, 8.0, 4.0), (None, 8.0, 8.0), (None, None, 16.0)):
+        assert params_to_config(scaled, tmp_path, 512, user, kept)[0]["rope_parameters"]["factor"] == factor
+    with pytest.raises(UserError, match=r"does not scale RoPE .* leave out --rope-factor 4"):
+        params_to_config(params(), tmp_path, 512, given_factor=4.0)
 
 
 def test_released_shapes_have_their_factor(tmp_path):
@@ -116,6 +124,7 @@ BAD_PARAMS = [
     ({"norm_eps": "1e-5"}, "`norm_eps` .* must be a positive float, got '1e-5'"),
     ({"use_scaled_rope": 1}, "`use_scaled_rope` .* must be a positive bool, got 1"),
     ({"dim": None}, "lacks `dim`; it is not the params.json of a Llama"),
+    ({"rope_mystery": 3}, r"holds \['rope_mystery'\], which no Llama of Meta's has"),
 ]
 
 
@@ -225,13 +234,19 @@ def test_sparse_llama_config_means_upstreams_defaults(tmp_path):
         ({"model_type": "llama4"}, r"got 'llama4' \(Llama 4\)"),
         ({"model_type": "bert"}, "got 'bert'"),
         ({"quantization_config": {"bits": 4}}, "describes quantised weights"),
-        ({"attention_bias": True}, "biases, which no Llama of Meta's has"),
+        ({"attention_bias": True}, "biases, which the conversions do not know"),
         ({"hidden_act": "gelu"}, "must be 'silu' as in every Llama, got 'gelu'"),
         ({"hidden_size": "4096"}, "`hidden_size` .* must be a positive int, got '4096'"),
         ({"vocab_size": 0}, "`vocab_size` .* must be a positive int, got 0"),
         ({"rms_norm_eps": None}, "`rms_norm_eps` .* must be a positive float, got None"),
         ({"num_key_value_heads": 5}, "multiple of `num_key_value_heads`, got 32 and 5"),
         ({"head_dim": 7}, "`head_dim` .* must be even"),
+        ({"num_attention_heads": "8"}, "`num_attention_heads` .* must be a positive int, got '8'"),
+        ({"model_type": []}, r"must be one of .*, got \[\]"),
+        ({"rope_scaling": [1]}, r"must be a JSON object, got \[1\]"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "`low_freq_factor` of the RoPE .* got None"),
+        ({"rope_scaling": llama3_scaling("8")}, "`factor` of the RoPE .* must be a positive number, got '8'"),
+        ({"rope_scaling": None, "rope_parameters": None, "rope_theta": -1}, "`rope_theta` of the RoPE .* got -1"),
     ],
 )
 def test_bad_config(changes, message, tmp_path):
@@ -270,18 +285,25 @@ def test_bad_sidecar(change, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "vocab", "rope", "version"),
+    ("family", "vocab", "rope", "version"),
     [
-        ("tiktoken", 128256, {"rope_type": "default"}, "3.0"),
-        ("tiktoken", 128256, llama3_scaling(8.0), "3.1"),
-        ("tokenizer.json", 128256, llama3_scaling(32.0), "3.2"),
-        ("sentencepiece", 32000, {"rope_type": "default"}, "2"),
+        ("3", 128256, {"rope_type": "default"}, "3.0"),
+        ("3", 128256, llama3_scaling(8.0), "3.1"),
+        ("3", 32000, {"rope_type": "default"}, "3.0"),
+        (None, 128256, llama3_scaling(32.0), "3.2"),
+        ("2", 1000, {"rope_type": "default"}, "2"),
         (None, 32016, {"rope_type": "default"}, "2"),
         (None, 512, {"rope_type": "default"}, "3.0"),
     ],
 )
-def test_version(kind, vocab, rope, version):
-    assert infer_version(complete(vocab_size=vocab, rope_parameters=rope), kind)[0] == version
+def test_version(family, vocab, rope, version, tmp_path):
+    assert infer_version(complete(vocab_size=vocab, rope_parameters=rope), family, None, tmp_path)[0] == version
+
+
+def test_version_is_not_what_the_user_says_where_the_tokenizer_says_otherwise(tmp_path):
+    assert infer_version(complete(), "3", "3.3", tmp_path) == ("3.3", "given by --llama-version")
+    with pytest.raises(UserError, match=r"the tokenizer of .* is Llama 3's; leave out --llama-version 2"):
+        infer_version(complete(), "3", "2", tmp_path)
 
 
 def test_feed_forward_of_the_test_checkpoints():

@@ -4,11 +4,20 @@ import json
 
 import pytest
 import torch
-from checkpoints import hf_model, meta_tensors, params, real_tokenizer, shard, write_meta
-from hf_llama3.conversion import convert, inspect, load_meta, verify
+from checkpoints import (
+    SMALL_VOCAB,
+    hf_model,
+    meta_tensors,
+    params,
+    real_tokenizer,
+    shard,
+    small_tokenizer,
+    write_meta,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_llama3.conversion import convert, inspect, load_meta, verify
 from hf_llama3.presets import config_of, llama3_scaling
 
 HEADS = {"multi-head": 8, "grouped-query": 4, "multi-query": 1}
@@ -134,11 +143,11 @@ def test_real_tokenizer_there_and_back(tmp_path):
 
 
 def test_instruct_gets_stop_tokens_and_template(tmp_path):
-    layout = params(vocab=128256, use_scaled_rope=True)
-    write_meta(tmp_path / "meta", layout, tokenizer=real_tokenizer())
+    layout = params(vocab=SMALL_VOCAB, use_scaled_rope=True)
+    write_meta(tmp_path / "meta", layout, tokenizer=small_tokenizer(tmp_path))
     convert(tmp_path / "meta", tmp_path / "hf", instruct=True, rope_factor=8)
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [128001, 128008, 128009] and generation["pad_token_id"] == 128004
+    assert generation["eos_token_id"] == [261, 268, 269] and generation["pad_token_id"] == 264
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.eos_token == "<|eot_id|>" and tokenizer.chat_template
     assert inspect(tmp_path / "hf").instruct

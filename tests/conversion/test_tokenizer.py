@@ -1,17 +1,18 @@
 """Meta's tokenizer in Hugging Face's form, against Meta's own code, and the way back to the byte."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import real_tokenizer
-from hf_llama3.conversion import tokenizer as ours
+from checkpoints import real_tokenizer, small_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
+from hf_llama3.conversion import tokenizer as ours
 from hf_llama3.errors import UserError
 
 CONFIG = {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "pad_token_id": 128004}
@@ -175,17 +176,11 @@ def test_byte_characters_are_gpt_2s():
 # A small tokenizer, for what goes wrong
 
 
-def small(path):
-    """The 256 bytes and a few tokens made of them."""
-    tokens = [bytes([byte]) for byte in range(256)] + [b"ab", b"bc", b"abc", b"abcd"]
-    path.write_bytes(b"".join(ours.base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
-    return path
-
-
 @pytest.fixture
 def small_json(tmp_path):
     config = CONFIG | {"bos_token_id": 260, "eos_token_id": 261, "pad_token_id": None}
-    tokens = ours.read_ranks(small(tmp_path / "tokenizer.model"))
+    shutil.copy(small_tokenizer(tmp_path), tmp_path / "tokenizer.model")
+    tokens = ours.read_ranks(tmp_path / "tokenizer.model")
     files = ours.hf_tokenizer_files(tokens, ours.special_tokens("3.0"), config, instruct=False)
     (tmp_path / "tokenizer.json").write_text(files["tokenizer.json"])
     assert "chat_template.jinja" not in files and "pad_token" not in files["tokenizer_config.json"].split("added")[0]

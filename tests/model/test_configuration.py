@@ -55,6 +55,7 @@ def test_old_spellings():
 def test_caller_keeps_its_dictionary():
     scaling = llama3_scaling(8.0)
     Llama3Config(rope_parameters=scaling)
+    Llama3Config.from_dict({"model_type": "llama", "rope_parameters": scaling})
     assert scaling == llama3_scaling(8.0)
 
 
@@ -89,6 +90,7 @@ def test_upstream_configuration_keeps_upstream_defaults(tmp_path):
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, r"lacks \['low_freq_factor', 'high_freq_factor'"),
         ({"rope_parameters": llama3_scaling(8.0) | {"low_freq_factor": 4.0}}, "got 4.0 and 4.0"),
         ({"rope_parameters": llama3_scaling(0.5)}, "must be at least 1, got 0.5"),
+        ({"rope_parameters": {"rope_type": "foo"}}, r"`rope_type` must be one of \('default', .*\), got 'foo'"),
         ({"hidden_size": "4096"}, "hidden_size"),
         ({"rms_norm_eps": None}, "rms_norm_eps"),
     ],

@@ -34,6 +34,14 @@ def test_equal_to_upstream(name, padding):
             same(mine[key], other[key])
 
 
+@pytest.mark.parametrize("rates", [{}, {"classifier_dropout": 0.0}, {"hidden_dropout": 0.3}])
+def test_dropout_before_the_classifier(rates, recwarn):
+    theirs = transformers.LlamaForTokenClassification(transformers.LlamaConfig(**GEOMETRY, **rates))
+    ours = hf_llama3.Llama3ForTokenClassification(hf_llama3.Llama3Config(**GEOMETRY, **rates))
+    assert ours.dropout.p == theirs.dropout.p
+    assert not [warning for warning in recwarn if "not a field" in str(warning.message)]
+
+
 @pytest.mark.parametrize("name", ["Model", "ForCausalLM", *LABELS])
 def test_loads_upstream_checkpoints(name, tmp_path):
     """Upstream's files, of type llama, fit every class to the name."""

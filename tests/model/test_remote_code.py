@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_llama3 import Llama3Config, Llama3ForCausalLM
+from hf_llama3.errors import UserError
 from hf_llama3.remote_code import AUTO_MAP, CODE_FILES, add_code, save_with_code
 
 
@@ -114,6 +115,14 @@ def test_code_files_know_only_each_other():
                         "huggingface_hub",
                         *sys.stdlib_module_names,
                     }
+
+
+def test_code_goes_only_where_it_belongs(folder, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="must be 'llama3' to carry code, got 'llama'"):
+        add_code(tmp_path)
+    with pytest.raises(UserError, match="upload that instead of passing push_to_hub=True"):
+        save_with_code(None, tmp_path, push_to_hub=True)
 
 
 def test_adding_code_twice_changes_nothing(folder):

@@ -5,9 +5,9 @@ A parity test that cannot fail is worth nothing; these are the ones that the fie
 
 import pytest
 import torch
-from hf_llama3.conversion.weights import half_to_interleaved
 from parity import CHECKS, GEOMETRY, make_pair
 
+from hf_llama3.conversion.weights import half_to_interleaved
 from hf_llama3.presets import llama3_scaling
 
 PLAIN = {"rope_theta": 500000.0, "rope_type": "default"}

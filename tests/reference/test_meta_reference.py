@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import hf_model, params, write_meta
-from hf_llama3.conversion import convert, load_meta
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_llama3 import Llama3ForCausalLM
+from hf_llama3.conversion import convert, load_meta
 
 NEW_TOKENS = 24
 GEOMETRIES = {

@@ -1,0 +1,41 @@
+"""Another type for the elements, on request: the one thing that a conversion computes."""
+
+import math
+
+import numpy as np
+
+from hf_llama3.errors import UserError
+
+from .storage import Dtype
+
+
+class Cast:
+    """Round elements to another type and remember the largest error."""
+
+    def __init__(self, to: Dtype):
+        import torch
+
+        self.torch = torch
+        self.to = to
+        self.largest_error = 0.0
+
+    def __call__(self, block: np.ndarray, stored: Dtype) -> np.ndarray:
+        """Take and return elements as unsigned integers of their width.
+
+        Raises:
+            UserError: a finite number has no finite form in the new type.
+        """
+        torch = self.torch
+        signed = np.array(block).view(
+            f"<i{stored.itemsize}"
+        )  # torch lacks the unsigned types, and wants its own memory
+        before = torch.from_numpy(signed).view(getattr(torch, stored.name))
+        after = before.to(getattr(torch, self.to.name))
+        error = (after.double() - before.double()).abs().nan_to_num(nan=0.0, posinf=math.inf).max().item()
+        if math.isinf(error):
+            largest = before.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max().item()
+            raise UserError(
+                f"--dtype {self.to.name} cannot hold {largest:g}, which is in the weights; choose a wider type"
+            )
+        self.largest_error = max(self.largest_error, error)
+        return after.view(getattr(torch, f"int{8 * self.to.itemsize}")).numpy().view(f"<u{self.to.itemsize}")

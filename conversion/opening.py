@@ -1,0 +1,70 @@
+"""Which format a folder is in, and how it is opened."""
+
+from pathlib import Path
+
+from hf_llama3.errors import UserError
+
+from .checkpoint import Checkpoint
+from .hf_checkpoint import open_hf
+from .meta_checkpoint import PARAMS_FILE, SHARD_GLOBS, open_meta
+from .staging import is_unfinished
+from .tokenizer import VERSIONS
+
+
+def open_checkpoint(
+    path,
+    rope_factor: float | None = None,
+    llama_version: str | None = None,
+    instruct: bool | None = None,
+    *,
+    unfinished: bool = False,
+) -> Checkpoint:
+    """Open a checkpoint of either format by what lies in its folder; None means to infer.
+
+    Args:
+        unfinished: whether it may be one that is still being written.
+
+    Raises:
+        UserError: it is neither format, damaged, contradicts itself, or needs a flag.
+    """
+    folder = locate(Path(path))
+    if llama_version is not None and llama_version not in VERSIONS:
+        raise UserError(f"--llama-version must be one of {VERSIONS}, got {llama_version!r}")
+    if rope_factor is not None and not 1 <= rope_factor < float("inf"):
+        raise UserError(f"--rope-factor must be a number of at least 1, got {rope_factor}")
+    if is_unfinished(folder.resolve()) and not unfinished:
+        raise UserError(f"{folder} is not finished; run the command that was writing it again")
+    if not (folder / "config.json").exists():
+        return open_meta(folder, rope_factor, llama_version, instruct)
+    if rope_factor is not None:
+        raise UserError(f"--rope-factor is for Meta's format: the RoPE of {folder} stands in its config.json")
+    return open_hf(folder, llama_version, instruct)
+
+
+def locate(path: Path) -> Path:
+    """Find the folder that holds the checkpoint: the one given, or Meta's `original/` in a copy from the Hub.
+
+    Raises:
+        UserError: there is none, with what was found instead.
+    """
+    try:
+        path.stat()
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be opened: {error.strerror}"
+        raise UserError(f"{path} {reason}; pass the folder of a checkpoint") from error
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; pass the folder that holds it, {path.parent}")
+    if (path / "config.json").exists() or (path / PARAMS_FILE).exists():
+        return path
+    if (path / "original" / PARAMS_FILE).exists():
+        return path / "original"
+    if (path / "adapter_config.json").exists():
+        remedy = "merge it into its model with peft's merge_and_unload first"
+        raise UserError(f"{path} is an adapter, not a model; {remedy}")
+    if shards := [found for pattern in SHARD_GLOBS for found in path.glob(pattern)]:
+        raise UserError(
+            f"{path} holds {shards[0].name} but no {PARAMS_FILE}; pass the folder that Meta's download made"
+        )
+    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:4]) or "nothing"
+    formats = f"a Hugging Face folder (config.json) nor one of Meta's ({PARAMS_FILE})"
+    raise UserError(f"{path} is neither {formats}; it holds {found}")
