@@ -33,6 +33,11 @@ class Checkpoint:
     copies: list[tuple[StoredTensor, StoredTensor]] = field(default_factory=list, repr=False)  # one taken, one left out
 
     @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return sorted({tensor.file.path for tensors in self.tensors.values() for tensor in tensors})
+
+    @property
     def num_shards(self) -> int:
         """How many model-parallel shards there are (1 in Hugging Face's format)."""
         return len(self.tensors[EMBEDDING.hf])

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from hf_llama3.errors import UserError
 
 from .cast import Cast
 from .checkpoint import Checkpoint
-from .manifest import CHECKLIST, CHECKSUMS, check_sums, format_sums, hash_file
+from .manifest import CHECKLIST, CHECKSUMS, byte_bar, check_sums, format_sums, hash_file
 from .opening import open_checkpoint
 from .plan import DEFAULT_SHARD_SIZE, Plan, PlannedFile, plan_hf, plan_meta
 from .staging import check_target, finish, staging, sync
@@ -23,6 +22,7 @@ from .storage import BY_NAME, SourceFile, write_all
 from .verify import VerificationReport, verify_checkpoints
 
 WORKERS = 2  # one moves bytes while the other sums or rearranges
+MEMORY_BYTES = 700 * 10**6  # held by benchmarks/conversion.py and tests/conversion/test_memory.py
 LAST = ("config.json", "params.json")  # what makes a folder loadable
 
 
@@ -34,10 +34,12 @@ class ConversionReport:
     target: str
     source_format: str
     target_format: str
-    files: dict[str, int]  # name -> bytes
+    source_files: dict[str, int]  # name -> bytes
+    files: dict[str, int]  # the same of what is written; in a plan, of the tensors' files
     tensors: int
     bytes: int  # of all tensor files
     free_bytes: int  # on the target's disk, before
+    memory_bytes: int  # that a run of this needs at most, beside the page cache
     seconds: float
     resumed: list[str]  # files that an interrupted run had finished
     largest_error: float | None  # of a cast to another type
@@ -94,16 +96,18 @@ def convert(
     target = Path(target).resolve()
     checkpoint = open_checkpoint(source, rope_factor, llama_version, instruct)
     plan = make_plan(checkpoint, to, mp, model_type, dtype, max_shard_size)
-    free = check_target(checkpoint.path.resolve(), target, plan.nbytes, overwrite)
+    free = check_target(checkpoint.path.resolve(), target, plan.needed_bytes, overwrite)
     report = ConversionReport(
         source=str(source),
         target=str(target),
         source_format=checkpoint.format,
         target_format=plan.to,
+        source_files={str(path.relative_to(checkpoint.path)): path.stat().st_size for path in checkpoint.files},
         files={file.name: file.layout.size for file in plan.files},
         tensors=plan.num_tensors,
         bytes=plan.nbytes,
         free_bytes=free,
+        memory_bytes=MEMORY_BYTES,
         seconds=0.0,
         resumed=[],
         largest_error=None,
@@ -152,9 +156,9 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, pr
     with ThreadPoolExecutor(2) as beside:
         small_files = beside.submit(plan.make_small_files)
         checklist = source.path / CHECKLIST
-        checked = beside.submit(check_sums, checklist) if verify and checklist.is_file() else None
         same_copies = beside.submit(source.check_copies)
-        with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
+        checked = beside.submit(check_sums, checklist, progress) if verify and checklist.is_file() else None
+        with byte_bar("writing", plan.nbytes, progress) as bar:
             for file in plan.files:
                 if is_whole(folder / file.name, file):
                     report.resumed.append(file.name)
@@ -248,9 +252,10 @@ def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool) -> Veri
     """Compare what was written with the source while the hashes of all files are taken; write these down."""
     paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     kinds = {CHECKSUMS: "sha256"} | ({CHECKLIST: "md5"} if plan.to == "meta" else {})
-    with ThreadPoolExecutor(len(kinds)) as pool:
+    total = len(kinds) * sum(path.stat().st_size for path in paths.values())
+    with ThreadPoolExecutor(len(kinds)) as pool, byte_bar("hashing", total, progress) as bar:
         futures = {
-            list_name: {name: pool.submit(hash_file, path, kind) for name, path in paths.items()}
+            list_name: {name: pool.submit(hash_file, path, kind, bar.update) for name, path in paths.items()}
             for list_name, kind in kinds.items()
         }
         verification = verify_checkpoints(plan.source, written, progress, plan.cast)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tqdm import tqdm
+
 from hf_llama3.errors import UserError
 
 TRAINING_FACTS = "training.json"  # what training leaves in a model's folder, for its card
@@ -100,16 +102,17 @@ def read_sums(path: Path) -> dict[str, str]:
     return sums
 
 
-def check_sums(path: Path, progress: Callable[[int], None] = lambda count: None):
+def check_sums(path: Path, progress: bool = False):
     """Raise unless every file of a list that is there has the hash that stands there.
 
     Raises:
         UserError: naming the file, with both hashes.
     """
     sums = {name: value for name, value in read_sums(path).items() if (path.parent / name).is_file()}
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    total = sum((path.parent / name).stat().st_size for name in sums)
+    with ThreadPoolExecutor(max_workers=2) as pool, byte_bar(f"checking {path.name}", total, progress) as bar:
         kinds = [HEX_DIGITS[len(value)] for value in sums.values()]
-        found = pool.map(lambda name, kind: hash_file(path.parent / name, kind, progress), sums, kinds)
+        found = pool.map(lambda name, kind: hash_file(path.parent / name, kind, bar.update), sums, kinds)
         for (name, expected), got in zip(sums.items(), found, strict=True):
             if got != expected:
                 raise UserError(
@@ -117,14 +120,19 @@ def check_sums(path: Path, progress: Callable[[int], None] = lambda count: None)
                 )
 
 
-def hash_file(path: Path, kind: str, progress: Callable[[int], None] = lambda count: None) -> str:
-    """Return a file's hash, "md5" or "sha256", in hexadecimal."""
+def hash_file(path: Path, kind: str, progress: Callable[[int], None]) -> str:
+    """Return a file's hash, "md5" or "sha256", in hexadecimal; `progress` is told of the bytes."""
     digest, buffer = hashlib.new(kind, usedforsecurity=False), bytearray(READ_BYTES)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
             progress(count)
     return digest.hexdigest()
+
+
+def byte_bar(name: str, total: int, shown: bool) -> tqdm:
+    """Return a bar of bytes with the time left, on standard error."""
+    return tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not shown)
 
 
 def format_sums(sums: dict[str, str]) -> bytes:

@@ -49,6 +49,11 @@ class Plan:
         return sum(file.layout.size for file in self.files)
 
     @property
+    def needed_bytes(self) -> int:
+        """What the target takes at most: a tokenizer.json is eight times as long as its tokenizer.model."""
+        return self.nbytes + (10 * self.source.tokenizer.stat().st_size if self.source.tokenizer else 0)
+
+    @property
     def num_tensors(self) -> int:
         return sum(len(file.tensors) for file in self.files)
 

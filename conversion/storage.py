@@ -180,6 +180,13 @@ class Assembly:
         return checksum
 
 
+def to_floats(block: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """Read elements, given as unsigned integers of their width, as the numbers that they are."""
+    if dtype.name == "bfloat16":  # the upper half of a float32
+        return (block.astype("<u4") << 16).view("<f4")
+    return block.view(f"<f{dtype.itemsize}")
+
+
 def row_blocks(array: np.ndarray, width: int | None = None) -> list[slice]:
     """Cut the first axis into slices of about `BLOCK_BYTES`; `width` is a row's bytes where `array` is part of it."""
     rows = array.shape[0]

@@ -1,5 +1,7 @@
 """The files of a checkpoint's tokenizer in the format of the target; what cannot be made of it is noted."""
 
+from pathlib import Path
+
 from hf_llama3.errors import UserError
 
 from .checkpoint import Checkpoint
@@ -70,15 +72,7 @@ def sentencepiece_files(source: Checkpoint) -> dict[str, bytes]:
     Raises:
         UserError: the extra `llama2` is missing, or the file is no sentencepiece model.
     """
-    try:
-        import sentencepiece
-    except ImportError as error:
-        command = 'pip install "hf_llama3[llama2]"'
-        raise UserError(f"{source.tokenizer} is a sentencepiece model; to convert it, {command}") from error
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(source.tokenizer))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{source.tokenizer} is not a readable sentencepiece model; download it again") from error
+    model = read_sentencepiece(source.tokenizer)
     unknown, begin, end = (model.id_to_piece(index) for index in (model.unk_id(), model.bos_id(), model.eos_id()))
     config = {
         "tokenizer_class": PORTABLE_CLASS,
@@ -88,20 +82,38 @@ def sentencepiece_files(source: Checkpoint) -> dict[str, bytes]:
         "model_max_length": source.config["max_position_embeddings"],
     }
     return {
-        "tokenizer.json": build_sentencepiece(model, unknown, begin).to_str(pretty=True).encode(),
+        "tokenizer.json": build_sentencepiece(model).to_str(pretty=True).encode(),
         "tokenizer_config.json": to_json(config),
         TOKENIZER_MODEL: source.tokenizer.read_bytes(),
     }
 
 
-def build_sentencepiece(model, unknown: str, begin: str):
-    """Build the `tokenizers.Tokenizer` that gives a sentencepiece model's ids, with `begin` before every text.
+def read_sentencepiece(path: Path):
+    """Open a sentencepiece model.
+
+    Raises:
+        UserError: the extra `llama2` is missing, or the file is no sentencepiece model.
+    """
+    try:
+        import sentencepiece
+    except ImportError as error:
+        command = 'pip install "hf_llama3[llama2]"'
+        raise UserError(f"{path} is a sentencepiece model; to convert or compare it, {command}") from error
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} is not a readable sentencepiece model; download it again") from error
+
+
+def build_sentencepiece(model):
+    """Build the `tokenizers.Tokenizer` that gives a sentencepiece model's ids, with its begin token before every text.
 
     As in meta-llama/Llama-2-7b-hf, tokenizer.json: a text gets a space before it, spaces are pieces' "\u2581", and what
     has no piece is spelled in bytes.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
+    unknown, begin = model.id_to_piece(model.unk_id()), model.id_to_piece(model.bos_id())
     count = model.get_piece_size()
     vocab = {model.id_to_piece(index): index for index in range(count)}
     apart = {index for index in range(count) if model.is_control(index) or model.is_unknown(index)}

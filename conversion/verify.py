@@ -1,20 +1,23 @@
 """Proof that two checkpoints are the same model: every tensor to the bit, under the table, whatever their formats."""
 
+import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
 from hf_llama3.errors import UserError
 
 from .cast import Cast
 from .checkpoint import Checkpoint
 from .hf_config import GEOMETRY
+from .manifest import byte_bar
 from .opening import open_checkpoint
 from .params import MissingFlag
 from .plan import assemble
-from .tokenizer import meta_tokenizer_file
+from .storage import Dtype, to_floats
+from .tokenizer_proof import compare_tokenizers
 from .weights import sizes
 
 COMPARED = (*GEOMETRY, "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -30,6 +33,8 @@ class VerificationReport:
     bytes: int
     tokenizer: str  # "equal", "differs", "absent", "only in source", "only in target" or why it was not compared
     differences: list[str] = field(default_factory=list)
+    largest_difference: float | None = None  # of two elements, where a tensor differs
+    logits: dict | None = None  # how many tokens, the largest difference, the largest logit; where they were asked for
 
     @property
     def ok(self) -> bool:
@@ -39,13 +44,21 @@ class VerificationReport:
         return {"ok": self.ok} | asdict(self)
 
 
-def verify(source, target, progress: bool = False) -> VerificationReport:
+def verify(source, target, logits: bool = False, progress: bool = False) -> VerificationReport:
     """Compare two checkpoints of any formats: tensors, configuration, tokenizer.
+
+    Args:
+        logits: whether to compute those of both as well, each by its own format's convention, layer by layer.
+        progress: show bars on standard error.
 
     Raises:
         UserError: one of them cannot be opened.
     """
-    return verify_checkpoints(*open_both(source, target), progress)
+    pair = open_both(source, target)
+    report = verify_checkpoints(*pair, progress)
+    if logits:
+        compare_logits(*pair, report, progress)
+    return report
 
 
 def open_both(source, target) -> tuple[Checkpoint, Checkpoint]:
@@ -66,9 +79,18 @@ def verify_checkpoints(
     source: Checkpoint, target: Checkpoint, progress: bool = False, cast: Cast | None = None
 ) -> VerificationReport:
     """Compare two opened checkpoints; `cast` is what the target's types were made by, where they are others."""
-    report = VerificationReport(str(source.path), str(target.path), 0, 0, compare_tokenizers(source, target))
+    with ThreadPoolExecutor(1) as beside:
+        tokenizer = beside.submit(compare_tokenizers, source, target)
+        report = compare_weights(source, target, progress, cast)
+        report.tokenizer = tokenizer.result()
     if report.tokenizer == "differs":
         report.differences.append("the tokenizer")
+    return report
+
+
+def compare_weights(source: Checkpoint, target: Checkpoint, progress: bool, cast: Cast | None) -> VerificationReport:
+    """Compare configuration and tensors."""
+    report = VerificationReport(str(source.path), str(target.path), 0, 0, "not compared")
     for key in COMPARED:
         if source.config[key] != target.config[key]:
             report.differences.append(f"`{key}`: {source.config[key]} and {target.config[key]}")
@@ -82,7 +104,7 @@ def verify_checkpoints(
 
     size = sizes(source.config)
     total = sum(tensor.nbytes for tensors in target.tensors.values() for tensor in tensors)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=not progress) as bar:
+    with byte_bar("verifying", total, progress) as bar:
         for ours, theirs in zip(source.rows, target.rows, strict=True):
             pair = [
                 assemble(checkpoint, row, target.format, 0, row.full_shape(size)[row.split or 0], made_by)
@@ -90,50 +112,48 @@ def verify_checkpoints(
             ]
             if pair[0].dtype != pair[1].dtype:
                 report.differences.append(f"{ours.hf}: {pair[0].dtype.name} and {pair[1].dtype.name}")
-            elif not same_streams(pair[0].blocks(), pair[1].blocks()):
-                report.differences.append(f"{ours.hf}: other values")
+            elif (difference := largest_difference(pair[0].blocks(), pair[1].blocks(), pair[0].dtype)) is not None:
+                report.differences.append(f"{ours.hf}: by up to {difference:.3g}")
+                report.largest_difference = max(report.largest_difference or 0.0, difference)
             report.tensors += 1
             report.bytes += pair[1].nbytes
             bar.update(pair[1].nbytes)
     return report
 
 
-def same_streams(ours: Iterator[np.ndarray], theirs: Iterator[np.ndarray]) -> bool:
-    """Compare two sequences of blocks as one stream of elements each, wherever the blocks end."""
-    left = right = np.empty(0)
+def largest_difference(ours: Iterator[np.ndarray], theirs: Iterator[np.ndarray], dtype: Dtype) -> float | None:
+    """Compare two sequences of blocks, each as one stream of as many elements, wherever the blocks end.
+
+    Returns:
+        None where every bit is the same, else the largest difference of two numbers (infinity if one is none).
+    """
+    largest = None
+    left = right = np.empty(0, f"<u{dtype.itemsize}")
     while True:
-        if not left.size:
-            left = next(ours, None)
-        if not right.size:
-            right = next(theirs, None)
-        if left is None or right is None:
-            return left is right
-        left, right = left.reshape(-1), right.reshape(-1)
+        left = left if left.size else next(ours, left).reshape(-1)
+        right = right if right.size else next(theirs, right).reshape(-1)
         count = min(left.size, right.size)
-        if not np.array_equal(left[:count], right[:count]):
-            return False
+        if not count:
+            return largest
+        one, other = left[:count], right[:count]
+        if (other_bits := one != other).any():
+            with np.errstate(invalid="ignore"):
+                differences = to_floats(one[other_bits], dtype).astype("f8") - to_floats(other[other_bits], dtype)
+            largest = max(largest or 0.0, float(np.nan_to_num(np.abs(differences), nan=math.inf).max()))
         left, right = left[count:], right[count:]
 
 
-def compare_tokenizers(source: Checkpoint, target: Checkpoint) -> str:
-    kinds = source.tokenizer_kind, target.tokenizer_kind
-    if None in kinds:
-        return {(True, True): "absent", (True, False): "only in target", (False, True): "only in source"}[
-            source.tokenizer is None, target.tokenizer is None
-        ]
-    if kinds[0] == kinds[1]:
-        return "equal" if source.tokenizer.read_bytes() == target.tokenizer.read_bytes() else "differs"
-    if "sentencepiece" in kinds:
-        return "differs"
-    try:
-        ours, theirs = tokens_and_names(source), tokens_and_names(target)
-    except UserError as error:
-        return f"not compared: {error}"
-    return "equal" if ours == theirs else "differs"
+def compare_logits(source: Checkpoint, target: Checkpoint, report: VerificationReport, progress: bool):
+    """Compute and compare the logits of two checkpoints; add what is found to `report`."""
+    from .logits import NUM_TOKENS, TOLERANCE, compute_logits
 
-
-def tokens_and_names(checkpoint: Checkpoint) -> tuple[bytes, list[str]]:
-    """Return a tokenizer as the file and the special tokens that Meta's format would have of it."""
-    if checkpoint.tokenizer_kind == "tiktoken":
-        return checkpoint.tokenizer.read_bytes(), checkpoint.special_tokens
-    return meta_tokenizer_file(checkpoint.tokenizer)
+    total = sum(tensor.nbytes for one in (source, target) for tensors in one.tensors.values() for tensor in tensors)
+    with byte_bar("logits", total, progress) as bar:
+        ours, theirs = (compute_logits(checkpoint, bar.update) for checkpoint in (source, target))
+    if ours.shape != theirs.shape:
+        report.differences.append(f"logits: {list(ours.shape)} and {list(theirs.shape)}")
+        return
+    difference, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
+    report.logits = {"tokens": NUM_TOKENS, "largest_difference": difference, "largest_logit": largest}
+    if not difference <= TOLERANCE * largest:
+        report.differences.append(f"logits: by up to {difference:.3g}, where the largest is {largest:.3g}")

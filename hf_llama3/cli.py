@@ -129,9 +129,11 @@ def convert(
         print_json(report)
         return
     files, inferred, notes = report.pop("files"), report.pop("inferred"), report.pop("notes")
-    verification = report.pop("verification")
+    verification, source_files = report.pop("verification"), report.pop("source_files")
     report["verified"] = f"{verification['tensors']} tensors bit-equal" if verification else "no"
-    print_table(report | {f"file {name}": f"{size:,} bytes" for name, size in files.items()})
+    listed = {f"reads {name}": size for name, size in source_files.items()}
+    listed |= {f"writes {name}": size for name, size in files.items()}
+    print_table(report | {name: f"{size:,} bytes" for name, size in listed.items()})
     print_list("Inferred", inferred)
     print_list("Note", notes)
 
@@ -140,12 +142,13 @@ def convert(
 def verify(
     source: Annotated[Path, typer.Argument(help="Folder of either format.")],
     target: Annotated[Path, typer.Argument(help="Folder of either format.")],
+    logits: Annotated[bool, typer.Option("--logits", help="Compute the logits of both as well, streamed.")] = False,
     as_json: JsonFlag = False,
 ):
     """Compare two checkpoints: every tensor to the bit, the configuration, the tokenizer; exit 1 if they differ."""
     from .conversion import verify
 
-    report = verify(source, target, progress=True).to_dict()
+    report = verify(source, target, logits, progress=True).to_dict()
     if as_json:
         print_json(report)
     else:
@@ -271,6 +274,8 @@ def print_table(rows: dict):
         )
 
 
-def print_list(title: str, sentences: list[str]):
-    for sentence in sentences:
+def print_list(title: str, sentences: list[str], at_most: int = 10):
+    for sentence in sentences[:at_most]:
         print(f"{title}: {sentence}")
+    if len(sentences) > at_most:
+        print(f"{title}: ... and {len(sentences) - at_most} more")

@@ -93,6 +93,7 @@ def test_convert_both_ways_and_verify(meta, tmp_path):
     assert "21 tensors bit-equal" in run("convert", tmp_path / "hf", tmp_path / "again", "--to", "meta").stdout
     assert json.loads(run("verify", meta, tmp_path / "again", "--json").stdout)["ok"]
     assert "ok" in run("verify", meta, tmp_path / "again").stdout
+    assert json.loads(run("verify", meta, tmp_path / "again", "--logits", "--json").stdout)["logits"]["tokens"] == 32
 
 
 def test_dry_run_writes_nothing(meta, tmp_path):
@@ -107,7 +108,7 @@ def test_verify_says_no(meta, tmp_path):
     weights["model.norm.weight"][3] += 1
     save_file(weights, tmp_path / "hf" / "model.safetensors")
     result = run("verify", meta, tmp_path / "hf", code=1)
-    assert "Different: model.norm.weight: other values" in result.stdout
+    assert "Different: model.norm.weight: by up to 1" in result.stdout
 
 
 @pytest.mark.parametrize("form", ["hf", "meta"])

@@ -102,7 +102,9 @@ def test_rewriting_keeps_every_tokenizer_file(llama2, tmp_path):
 
 def test_missing_extra_is_one_sentence(llama2, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)  # importing it raises
-    with pytest.raises(UserError, match=r'is a sentencepiece model; to convert it, pip install "hf_llama3\[llama2\]"'):
+    with pytest.raises(
+        UserError, match=r'is a sentencepiece model; to convert or compare it, pip install "hf_llama3\[llama2\]"'
+    ):
         convert(llama2[0], tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 

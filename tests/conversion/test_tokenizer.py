@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
 from hf_llama3.conversion import tokenizer as ours
+from hf_llama3.conversion.tokenizer_proof import hard_texts
 from hf_llama3.errors import UserError
 
 CONFIG = {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "pad_token_id": 128004}
@@ -33,18 +34,6 @@ DIALOGS = [
 ]
 
 
-def corpus():
-    """Texts that break tokenizers: every Unicode block, long runs, white space, contractions, special tokens."""
-    starts = [start for start in range(0, 0x11000, 64) if not 0xD800 <= start < 0xE000]  # no surrogates
-    blocks = ["".join(map(chr, range(start, start + 64))) for start in starts]
-    emoji = ["".join(map(chr, range(start, start + 16))) for start in range(0x1F300, 0x1FA00, 16)]
-    runs = [" " * 300, "\n" * 50, "x" * 500, "0123456789" * 9]
-    words = ["I'll don't WE'VE they'd 'S", "a  b   c\t\td\n\n\ne \r\n f", "Hello world", "hello, World!  ", "3.14159"]
-    odd = ["", " ", "é", "e\u0301", "\ufeff", "\x00", "ﷺ", "\U0001d518\U0001d52b", "👩‍👩‍👧‍👦"]
-    special = ["<|begin_of_text|>", "a<|eot_id|>b", "<|start_header_id|>user<|end_header_id|>", "<|not_special|>"]
-    return blocks + emoji + runs + words + odd + special
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -59,7 +48,7 @@ def folder(tmp_path_factory):
 def theirs():
     """What Meta's own code makes of the corpus and the dialogues."""
     script = Path(__file__).parent.parent / "reference" / "meta_tokenizer.py"
-    request = json.dumps({"texts": corpus(), "dialogs": DIALOGS})
+    request = json.dumps({"texts": hard_texts(), "dialogs": DIALOGS})
     result = subprocess.run([sys.executable, script], input=request, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -68,12 +57,12 @@ def theirs():
 def test_ids_are_metas(folder, theirs):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == theirs["n_words"] == 128256
-    assert len(corpus()) > 1000
-    for text, expected in zip(corpus(), theirs["special"], strict=True):
+    assert len(hard_texts()) > 1000
+    for text, expected in zip(hard_texts(), theirs["special"], strict=True):
         assert tokenizer(text)["input_ids"] == expected, text
     # Meta's plain `encode` takes special tokens in a text for text, as a raw tokenizer without them does.
     plain = TikTokenConverter(str(real_tokenizer()), pattern=ours.PATTERN).converted()
-    for text, expected in zip(corpus(), theirs["texts"], strict=True):
+    for text, expected in zip(hard_texts(), theirs["texts"], strict=True):
         assert [128000, *plain.encode(text).ids] == expected, text
 
 
@@ -88,7 +77,7 @@ def test_same_as_the_library_converter(folder):
 
 def test_decoding_gives_the_text_back(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for text in corpus():
+    for text in hard_texts():
         assert tokenizer.decode(tokenizer(text)["input_ids"][1:]) == text
 
 

@@ -1,0 +1,98 @@
+"""Logits of an opened checkpoint, in float32, straight from its files: no more than a few rows of a weight in memory.
+
+Each format is computed by its own convention, so that two that agree are shown to be the same model, and not only the
+same numbers under our table: Meta's rotation turns neighbouring channels (2i, 2i + 1) of a head, Hugging Face's
+(i, i + D/2).
+"""
+
+# Shapes: T tokens, H query heads, K key/value heads, D head_dim, E hidden_size
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hf_llama3 import Llama3Config
+from hf_llama3.rotary import Llama3RotaryEmbedding
+
+from .checkpoint import Checkpoint
+from .storage import Dtype, row_blocks, to_floats
+from .weights import LAYER_TABLE, Row, sizes
+
+NUM_TOKENS = 32
+TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order, over a hundred layers
+
+
+@torch.no_grad()
+def compute_logits(checkpoint: Checkpoint, progress: Callable[[int], None]) -> torch.Tensor:
+    """Return the logits (T, vocabulary) of some tokens that lie far apart, up to the end of the context window.
+
+    `progress` is told of the bytes of weights that were used.
+    """
+    config = checkpoint.config
+    ids = [(1 + 7919 * index) % config["vocab_size"] for index in range(NUM_TOKENS)]
+    positions = torch.linspace(0, config["max_position_embeddings"] - 1, NUM_TOKENS).long()[None]
+    rotary = Llama3RotaryEmbedding(Llama3Config.from_dict(config))
+    cos, sin = (table[0] for table in rotary(torch.zeros(()), positions))  # (T, D/2)
+    rotate = rotate_neighbours if checkpoint.format == "meta" else rotate_halves
+
+    def linear(x, row):
+        return multiply(x, checkpoint, row, progress)
+
+    def norm(x, row):
+        weight = to_tensor(checkpoint.tensors[row.hf][0].array, checkpoint.tensors[row.hf][0].dtype)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]) * weight
+
+    def heads(x):
+        return x.unflatten(-1, (-1, config["head_dim"])).transpose(0, 1)  # (H or K, T, D)
+
+    embedding, *layers, last_norm, output = checkpoint.rows
+    x = look_up(checkpoint, embedding, ids)  # (T, E)
+    for start in range(0, len(layers), len(LAYER_TABLE)):
+        attention_norm, q, k, v, o, feed_forward_norm, gate, up, down = layers[start : start + len(LAYER_TABLE)]
+        h = norm(x, attention_norm)
+        query, key = (rotate(heads(linear(h, row)), cos, sin) for row in (q, k))
+        value = heads(linear(h, v))
+        attended = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True, enable_gqa=True)
+        x = x + linear(attended[0].transpose(0, 1).flatten(1), o)
+        h = norm(x, feed_forward_norm)
+        x = x + linear(F.silu(linear(h, gate)) * linear(h, up), down)
+    return linear(norm(x, last_norm), output)
+
+
+def multiply(x: torch.Tensor, checkpoint: Checkpoint, row: Row, progress: Callable[[int], None]) -> torch.Tensor:
+    """Multiply `x` (T, in) by a weight (out, in) that lies in shards, a few rows at a time; the result is (T, out)."""
+    full, dtype = row.full_shape(sizes(checkpoint.config)), checkpoint.tensors[row.hf][0].dtype
+    parts = [part.array for part in checkpoint.cut(row, 0, full[row.split])]
+    # Shards of the output's channels stand side by side; shards of the input's are summed.
+    inputs = x.split([part.shape[1] for part in parts], dim=1) if row.split == 1 else [x] * len(parts)
+    results = []
+    for taken, part in zip(inputs, parts, strict=True):
+        results.append(torch.cat([taken @ to_tensor(part[rows], dtype).T for rows in row_blocks(part)], dim=1))
+        progress(part.nbytes)
+    return torch.stack(results).sum(0) if row.split == 1 else torch.cat(results, dim=1)
+
+
+def look_up(checkpoint: Checkpoint, row: Row, ids: list[int]) -> torch.Tensor:
+    """Return the embeddings (T, E) of tokens, whether shards divide the table's rows or its columns."""
+    tensors = checkpoint.tensors[row.hf]
+    if row.split == 1:
+        columns = [to_tensor(tensor.array[ids], tensor.dtype) for tensor in tensors]
+        return torch.cat(columns, dim=1)
+    height = tensors[0].shape[0]
+    return torch.cat([to_tensor(tensors[i // height].array[[i % height]], tensors[0].dtype) for i in ids])
+
+
+def to_tensor(block: np.ndarray, dtype: Dtype) -> torch.Tensor:
+    return torch.from_numpy(np.array(to_floats(np.ascontiguousarray(block), dtype), np.float32))
+
+
+def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)  # (H, T, D/2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x[..., 0::2], x[..., 1::2]  # (H, T, D/2)
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
