@@ -27,7 +27,7 @@ TENSORS = {
 
 
 def to_torch(stored):
-    array = np.ascontiguousarray(stored.array).view(f"i{stored.dtype.itemsize}")
+    array = np.array(stored.array, order="C").view(f"i{stored.dtype.itemsize}")
     return torch.from_numpy(array).view(getattr(torch, stored.dtype.name))
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import hf_model, params, write_meta
+from checkpoints import hf_model, params, real_tokenizer, write_meta
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_llama3 import Llama3ForCausalLM
 from hf_llama3.conversion import convert, load_meta
@@ -34,14 +34,18 @@ def ask_meta(folder, shards, tmp_path):
     """Run Meta's model on a directory in processes of their own: {"logits", "greedy"}."""
     save_file({"tokens": prompt()}, tmp_path / "tokens.safetensors")
     output = tmp_path / "meta.safetensors"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={shards}"]
     script = Path(__file__).parent / "meta_model.py"
-    result = subprocess.run(
-        [*launch, script, folder, tmp_path / "tokens.safetensors", output, str(NEW_TOKENS)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    torchrun(shards, script, folder, tmp_path / "tokens.safetensors", output, str(NEW_TOKENS))
     return load_file(output)
+
+
+def torchrun(processes, *command):
+    """Run a script in so many processes; return what they print."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*launch, *command], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def agree(ours, theirs):
@@ -110,3 +114,21 @@ def test_params_json_holds_only_what_meta_knows(tmp_path):
         *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier"),
         *("norm_eps", "rope_theta"),
     }
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_metas_own_loader(shards, tmp_path):
+    """`Llama3.build` takes the directory as it is, tokenizer included, and generates what `AutoModel...` does."""
+    write_meta(tmp_path / "first", params(vocab=128256), tokenizer=real_tokenizer())
+    convert(tmp_path / "first", tmp_path / "hf", instruct=True)
+    convert(tmp_path / "hf", tmp_path / "meta", mp=shards)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    prompts = [tokenizer(text)["input_ids"] for text in ("The capital of France is", "def main():\n    ")]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    script = Path(__file__).parent / "meta_build.py"
+    printed = torchrun(shards, script, tmp_path / "meta", tmp_path / "prompts.json", str(NEW_TOKENS))
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    for prompt, theirs in zip(prompts, json.loads(printed.splitlines()[-1]), strict=True):
+        ours = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
+        assert len(theirs) == NEW_TOKENS and ours[0, len(prompt) :].tolist() == theirs
