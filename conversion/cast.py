@@ -8,6 +8,8 @@ from hf_llama3.errors import UserError
 
 from .storage import Dtype
 
+AT_A_TIME = 2**20  # elements: their errors are computed in float64
+
 
 class Cast:
     """Round elements to another type and remember the largest error."""
@@ -25,10 +27,15 @@ class Cast:
         Raises:
             UserError: a finite number has no finite form in the new type.
         """
+        flat = np.ascontiguousarray(block).reshape(-1)
+        result = np.empty(flat.size, f"<u{self.to.itemsize}")
+        for start in range(0, flat.size, AT_A_TIME):
+            result[start : start + AT_A_TIME] = self._round(flat[start : start + AT_A_TIME], stored)
+        return result.reshape(block.shape)
+
+    def _round(self, block: np.ndarray, stored: Dtype) -> np.ndarray:
         torch = self.torch
-        signed = np.array(block).view(
-            f"<i{stored.itemsize}"
-        )  # torch lacks the unsigned types, and wants its own memory
+        signed = np.array(block).view(f"<i{stored.itemsize}")  # torch lacks unsigned types, and wants memory of its own
         before = torch.from_numpy(signed).view(getattr(torch, stored.name))
         after = before.to(getattr(torch, self.to.name))
         error = (after.double() - before.double()).abs().nan_to_num(nan=0.0, posinf=math.inf).max().item()

@@ -158,10 +158,10 @@ def test_heads_that_are_equal_by_nature_stay(tmp_path):
     assert inspect(tmp_path / "meta").config["num_key_value_heads"] == 4
 
 
-def sparse_checkpoint(folder, name, mp, kv_heads):
+def sparse_checkpoint(folder, name, mp, kv_heads, **others):
     """The files of a released model at full size, with holes where the weights would be."""
     folder.mkdir()
-    config = config_of(name) | {"rms_norm_eps": 1e-5}
+    config = config_of(name) | {"rms_norm_eps": 1e-5} | others
     config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     size = sizes(config) | {"key_value": kv_heads * config["head_dim"]}
     for rank in range(mp):

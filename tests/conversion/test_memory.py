@@ -1,0 +1,53 @@
+"""A conversion runs in a constant amount of memory: under a limit, set by the system, that no model fits in."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+from test_layouts import sparse_checkpoint
+
+from hf_llama3.conversion.convert import MEMORY_BYTES
+
+MODEL_BYTES = 1_500_000_000
+SHAPE = {"num_hidden_layers": 3, "vocab_size": 16384}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Three layers in the width of Llama 3 8B."""
+    return sparse_checkpoint(tmp_path_factory.mktemp("memory") / "meta", "3-8B", 1, kv_heads=8, **SHAPE)
+
+
+def limited(*command, limit=MEMORY_BYTES):
+    """Run Python with no more private memory than a plan says."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def convert(*options, **more):
+    result = limited("-m", "hf_llama3", "convert", *options, **more)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("options", [["--to", "hf"], ["--to", "meta", "--mp", "8"]], ids=" ".join)
+def test_memory_is_bounded(options, source, tmp_path):
+    assert sum(path.stat().st_size for path in source.glob("*.pth")) > MODEL_BYTES > 2 * MEMORY_BYTES
+    convert(source, tmp_path / "target", *options)
+    if "hf" in options:
+        convert(tmp_path / "target", tmp_path / "back", "--to", "meta", "--no-verify")
+
+
+def test_memory_of_a_cast_is_bounded(source, tmp_path):
+    """The limit is higher, since it counts what torch reserves and never touches."""
+    convert(source, tmp_path / "target", "--dtype", "float16", "--no-verify", limit=MEMORY_BYTES + 300 * 10**6)
+
+
+def test_the_limit_holds():
+    """The control: as much memory as the model has bytes cannot be had."""
+    assert "MemoryError" in limited("-c", f"bytearray({MODEL_BYTES})").stderr
