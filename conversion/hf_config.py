@@ -131,10 +131,13 @@ def generation_config(config: dict, given: dict | None) -> dict:
     return ids | {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
 
 
-def make_portable(folder: Path):
-    """Rewrite the config.json that `save_pretrained` made of this package's model as the one that every tool reads."""
+def make_portable(folder: Path, generation: dict | None = None):
+    """Rewrite the config.json that `save_pretrained` made of this package's model as the one that every tool reads.
+
+    Args:
+        generation: generation_config.json, where another than the usual belongs to the model.
+    """
     path = folder / "config.json"
     dtype = read_json(path).get("dtype") or "float32"
     path.write_bytes(to_json(portable_config(read_config(path), dtype, "llama")))
-    generation = folder / "generation_config.json"
-    generation.write_bytes(to_json(generation_config(read_config(path), None)))
+    (folder / "generation_config.json").write_bytes(to_json(generation_config(read_config(path), generation)))

@@ -17,7 +17,7 @@ NEW_CLASSES = ("TokenizersBackend",)
 def hf_tokenizer(source: Checkpoint, notes: list[str]) -> dict[str, bytes]:
     """Make the files for a Hugging Face folder."""
     if source.format == "hf":
-        files = copy_files(source)
+        files = copy_files(source.path)
     elif source.tokenizer_kind == "tiktoken":
         tokens = read_ranks(source.tokenizer)
         made = hf_tokenizer_files(tokens, source.special_tokens, source.config, source.instruct, source.chat_template)
@@ -31,17 +31,15 @@ def hf_tokenizer(source: Checkpoint, notes: list[str]) -> dict[str, bytes]:
     return files
 
 
-def copy_files(source: Checkpoint) -> dict[str, bytes]:
+def copy_files(folder: Path) -> dict[str, bytes]:
     """Take the tokenizer files as they are, save that version 4 has to find a class that it knows."""
     names = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
-    found = [
-        path for path in sorted(source.path.iterdir()) if path.is_file() and path.name.split(".")[0].startswith(names)
-    ]
+    found = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.split(".")[0].startswith(names)]
     files = {path.name: path.read_bytes() for path in found}
-    templates = sorted((source.path / "additional_chat_templates").glob("*.jinja"))
+    templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     files |= {f"additional_chat_templates/{path.name}": path.read_bytes() for path in templates}
     if "tokenizer_config.json" in files:
-        config = read_json(source.path / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         if config.get("tokenizer_class") in NEW_CLASSES:
             files["tokenizer_config.json"] = to_json(config | {"tokenizer_class": PORTABLE_CLASS})
     return files

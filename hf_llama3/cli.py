@@ -4,7 +4,9 @@ Exit codes: 0 done, 1 a check said no, 2 a user's error in one sentence, 130 Ctr
 """
 
 import json
+import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +15,7 @@ import typer
 from . import __version__
 from .errors import UserError
 from .generation.defaults import DTYPES, MAX_NEW_TOKENS
-from .training.settings import Settings
+from .training.settings import PRESETS, Settings, make_settings
 
 app = typer.Typer(
     help="Llama 3 as a Hugging Face model package, and the bridge to Meta's checkpoint format.",
@@ -21,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+SETTINGS = {field.name for field in fields(Settings)}
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 
@@ -36,8 +39,14 @@ def main():
 
 def fail(message: str) -> int:
     """Print a user's error and return its exit code."""
-    print(f"error: {message}", file=sys.stderr)
+    process = "" if is_first_process() else f" (process {os.environ['RANK']})"
+    print(f"error{process}: {message}", file=sys.stderr)
     return 2
+
+
+def is_first_process() -> bool:
+    """Whether this process is alone or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def command(example: str):
@@ -159,49 +168,77 @@ def verify(
         raise typer.Exit(1)
 
 
-@command("hf-llama3 train --text tinyshakespeare.txt --output runs/shakespeare")
+def default(name: str) -> str:
+    """Say what an option of `train` is where neither it nor a preset says."""
+    return f"{getattr(Settings, name)} if omitted, save by a preset."
+
+
+@command("hf-llama3 train --text tinyshakespeare.txt --output runs/shakespeare --preset shakespeare-cpu")
 def train(
-    text: Annotated[Path, typer.Option(help="Text in UTF-8.")],
+    text: Annotated[Path, typer.Option(help="Text in UTF-8, of any size.")],
     output: Annotated[Path, typer.Option(help="Model folder to make.")],
-    tokenizer: Annotated[str, typer.Option(help="bpe:N, a byte-level BPE of N tokens.")] = Settings.tokenizer,
-    layers: Annotated[int, typer.Option(help="Decoder layers.")] = Settings.layers,
-    hidden_size: Annotated[int, typer.Option(help="Width.")] = Settings.hidden_size,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = Settings.heads,
-    kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = Settings.kv_heads,
-    context: Annotated[int, typer.Option(help="Tokens per window.")] = Settings.context,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = Settings.steps,
-    batch_size: Annotated[int, typer.Option(help="Windows per step.")] = Settings.batch_size,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's, at its peak.")] = Settings.learning_rate,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = Settings.eval_every,
+    preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}; options add to it.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help=f"char, bpe:N (N tokens), or a folder with one. {default('tokenizer')}")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help=f"Decoder layers. {default('layers')}")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help=f"Width. {default('hidden_size')}")] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option(help="Width of the feed-forward; 8/3 of the model's if omitted.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help=f"Query heads. {default('heads')}")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help=f"Key/value heads. {default('kv_heads')}")] = None,
+    context: Annotated[int | None, typer.Option(help=f"Tokens per window. {default('context')}")] = None,
+    dropout: Annotated[float | None, typer.Option(help=f"Probability. {default('dropout')}")] = None,
+    steps: Annotated[int | None, typer.Option(help=f"Optimiser steps. {default('steps')}")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"Windows per step, over all processes. {default('batch_size')}")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help=f"Parts that a step is computed in. {default('accumulate')}")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help=f"AdamW's, at its peak. {default('learning_rate')} 1e-4 with --from.")
+    ] = None,
+    matrix_learning_rate: Annotated[
+        float | None,
+        typer.Option(help=f"Muon's; 0: AdamW trains all. {default('matrix_learning_rate')} 0 with --from."),
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help=f"Of matrices. {default('weight_decay')}")] = None,
+    warmup: Annotated[float | None, typer.Option(help=f"Share of the steps. {default('warmup')}")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; a tenth if omitted.")] = None,
+    validation_share: Annotated[float | None, typer.Option(help=f"Of the text. {default('validation_share')}")] = None,
+    test_share: Annotated[float | None, typer.Option(help=f"Of the text. {default('test_share')}")] = None,
+    source: Annotated[str | None, typer.Option("--from", help="Folder of a model to go on from.")] = None,
+    lora: Annotated[int | None, typer.Option(help="Rank of adapters to train in place of the weights.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="By torch.compile.")] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Of activations: less memory.")] = False,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Divide the model among processes (under torchrun).")] = False,
     license: Annotated[str | None, typer.Option(help="Licence of the model, as the Hub knows it.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights and windows.")] = Settings.seed,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    seed: Annotated[int | None, typer.Option(help=f"Of weights, windows, dropout. {default('seed')}")] = None,
     as_json: JsonFlag = False,
 ):
-    """Train a Llama 3 from scratch on a text and leave a model folder."""
-    settings = Settings(
-        tokenizer=tokenizer,
-        layers=layers,
-        hidden_size=hidden_size,
-        heads=heads,
-        kv_heads=kv_heads,
-        context=context,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        eval_every=eval_every,
-        seed=seed,
-    )
-    from .model_card import build_card
+    """Train a Llama 3 on a text and leave a model folder; several processes: torchrun -m hf_llama3 train ..."""
+    options = {name: value for name, value in locals().items() if name in SETTINGS}
+    settings = make_settings(preset, **options)
+    from .model_card import build_card, check_license
     from .training import train
 
-    report = train(text, output, settings, progress=True).to_dict()
+    if license is not None:
+        check_license(license)  # before hours of training
+    report = train(text, output, settings, resume, progress=True).to_dict()
+    if not is_first_process():
+        return
     if license is not None:
         (output / "README.md").write_text(build_card(output, license), "utf-8")
     if as_json:
         print_json(report)
         return
     report.pop("curves")
+    notes = report.pop("notes")
     print_table(report)
+    print_list("Note", notes)
 
 
 @command("hf-llama3 generate llama-3-8b 'The capital of France is' --max-new-tokens 20")

@@ -31,17 +31,17 @@ def quickstart(output, text=None) -> None:
     from .generation import generate_text
     from .model_card import build_card
     from .training import Settings, train
-    from .training.data import read_text
-    from .training.recipe import check_output
+    from .training.data import survey
+    from .training.output import check_free
 
     output, started = Path(output), time.perf_counter()
-    check_output(output)
+    check_free(output)
     hf, meta, again = output / "hf", output / "meta", output / "hf-again"
     if text is None:
         output.mkdir(parents=True, exist_ok=True)
         text = output / "text.txt"
         text.write_text(python_documentation(), "utf-8")
-    read_text(Path(text))  # before anything is made
+    survey(Path(text))  # before anything is made
 
     say(f"1. Train a tokenizer and a small Llama 3 on {text}")
     report = train(text, hf, Settings(steps=STEPS), progress=True)

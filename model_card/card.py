@@ -8,7 +8,7 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_llama3 import __version__
 from hf_llama3.conversion import inspect
-from hf_llama3.conversion.manifest import TRAINING_FACTS, read_json
+from hf_llama3.conversion.manifest import CURVES_FILE, TRAINING_FACTS, read_json
 from hf_llama3.errors import UserError
 
 LICENSE_LINE = re.compile(r"^license: *(\S+) *$", re.MULTILINE)
@@ -32,8 +32,7 @@ def build_card(folder, license: str | None = None) -> str:
     license = license or read_license(folder / "README.md")
     if license is None:
         raise UserError(f"{folder} has no licence yet; add --license with the one you choose, such as apache-2.0")
-    if not LICENSE_NAME.fullmatch(license):
-        raise UserError(f"--license must be an identifier as the Hub has it, such as apache-2.0, got {license!r}")
+    check_license(license)
     template = (Path(__file__).parent / "template.md").read_text("utf-8")
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     return environment.from_string(template).render(
@@ -42,8 +41,15 @@ def build_card(folder, license: str | None = None) -> str:
         info=info,
         own_type=(folder / "modeling_llama3.py").exists(),
         training=read_training(folder / TRAINING_FACTS),
+        curves=CURVES_FILE if (folder / CURVES_FILE).exists() else None,
         version=__version__,
     )
+
+
+def check_license(license: str):
+    """Raise unless a licence is written as the Hub writes them."""
+    if not LICENSE_NAME.fullmatch(license):
+        raise UserError(f"--license must be an identifier as the Hub has it, such as apache-2.0, got {license!r}")
 
 
 def read_training(path: Path) -> dict | None:
@@ -51,7 +57,7 @@ def read_training(path: Path) -> dict | None:
     facts = read_json(path) if path.exists() else {}
     if not facts.keys() >= NEEDED_FACTS:
         return None
-    return facts | {"uniform_loss": math.log(facts["vocab_size"])}
+    return {"source": None} | facts | {"uniform_loss": math.log(facts["vocab_size"])}
 
 
 def read_license(readme: Path) -> str | None:

@@ -39,10 +39,11 @@ def test_tokenizer_is_in_metas_format(tmp_path):
     from tokenizers import Tokenizer
 
     from hf_llama3.conversion.tokenizer import PATTERN
-    from hf_llama3.training.tokenizer import make_tokenizer, train_bpe
+    from hf_llama3.training.tokenizer import tiktoken_tokenizer, train_bpe
 
     text = module.python_documentation()
-    files, vocabulary = make_tokenizer(train_bpe([text[:100_000]], 1000), context=64)
+    made = tiktoken_tokenizer(train_bpe([text[:100_000]], 1000), context=64)
+    files, vocabulary = made.files, made.vocabulary
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     ranks = load_tiktoken_bpe(str(tmp_path / "tokenizer.model"))

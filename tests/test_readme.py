@@ -25,7 +25,8 @@ def blocks():
 def commands(block):
     """Split a shell block into its commands; a Python block has none."""
     lines = block["code"].splitlines() if block["language"] == "bash" else []
-    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+    split = [shlex.split(line, comments=True) for line in lines if line.strip()]
+    return [["hf-llama3", *one[one.index("hf_llama3") + 1 :]] if one[0] == "torchrun" else one for one in split]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import importlib
 
-_HOMES = {"Settings": "settings", "TrainingReport": "recipe", "train": "recipe"}
+_HOMES = {"Settings": "settings", "TrainingReport": "recipe", "make_settings": "settings", "train": "recipe"}
 __all__ = [*_HOMES]
 
 

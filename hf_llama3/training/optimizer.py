@@ -7,22 +7,28 @@ orthogonal matrix. It learns much more from few steps than AdamW, and is not mea
 import torch
 from torch.optim import AdamW, Muon, Optimizer
 
+from .settings import Settings
+
 EMBEDDINGS = ("embed_tokens", "lm_head")
+BETAS = (0.9, 0.99)
+
+
+def make_optimizer(model, settings: Settings) -> Optimizer:
+    """Make the optimiser that the settings describe, of what is to be trained."""
+    matrices, others = divide(model)
+    if settings.matrix_learning_rate and matrices:
+        return MuonWithAdamW(matrices, others, settings)
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return AdamW([group for group in groups if group["params"]], lr=settings.learning_rate, betas=BETAS)
 
 
 class MuonWithAdamW(Optimizer):
-    """Step both at once; schedulers and checkpoints see one list of parameter groups and one state.
+    """Step both at once; schedulers and checkpoints see one list of parameter groups and one state."""
 
-    Args:
-        learning_rate: AdamW's.
-        matrix_learning_rate: Muon's.
-    """
-
-    def __init__(self, model, learning_rate, matrix_learning_rate, weight_decay=0.1, betas=(0.9, 0.99)):
-        matrices, others = divide(model)
+    def __init__(self, matrices: list[torch.nn.Parameter], others: list[torch.nn.Parameter], settings: Settings):
         self.parts = (
-            Muon(matrices, lr=matrix_learning_rate, weight_decay=weight_decay),
-            AdamW(others, lr=learning_rate, betas=betas, weight_decay=0.0),
+            Muon(matrices, lr=settings.matrix_learning_rate, weight_decay=settings.weight_decay),
+            AdamW(others, lr=settings.learning_rate, betas=BETAS, weight_decay=0.0),
         )
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
@@ -47,9 +53,10 @@ class MuonWithAdamW(Optimizer):
 
 
 def divide(model) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """Separate the layers' matrices from embeddings, output head and norms."""
+    """Separate the layers' matrices from embeddings, output head and norms, of what is to be trained."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and not any(part in name for part in EMBEDDINGS)
-        (matrices if is_matrix else others).append(parameter)
+        if parameter.requires_grad:
+            (matrices if is_matrix else others).append(parameter)
     return matrices, others

@@ -1,44 +1,41 @@
-"""What training shows while it runs: one bar, and a line for each evaluation."""
+"""What training shows while it runs: one bar, and at each evaluation its loss and a sample of text."""
 
-import math
 import sys
 import time
+from collections.abc import Callable
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 
 class ProgressBar(TrainerCallback):
-    """Show loss, tokens per second and the time left; keep the curves for the report."""
+    """Show loss, tokens per second and the time left.
 
-    def __init__(self, tokens_per_step: int, vocab_size: int, show: bool):
-        self.tokens_per_step = tokens_per_step
-        self.uniform_loss = math.log(vocab_size)  # of a model that takes every token for equally likely
-        self.show = show
-        self.curves = {"training": [], "validation": []}  # (step, loss in nats per token)
-        self.bar = None
+    Args:
+        sample: makes a text with the model as it is.
+    """
+
+    def __init__(self, tokens_per_step: int, sample: Callable[[], str], show: bool):
+        self.tokens_per_step, self.sample, self.show = tokens_per_step, sample, show
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=not self.show
-        )
-        self.started, self.first_step = time.perf_counter(), state.global_step
+        done, total = state.global_step, state.max_steps
+        self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=not self.show)
+        self.started, self.first_step = time.perf_counter(), done
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
-            self.curves["training"].append((state.global_step, logs["loss"]))
-            seconds = time.perf_counter() - self.started
-            rate = (state.global_step - self.first_step) * self.tokens_per_step / seconds
+            rate = (state.global_step - self.first_step) * self.tokens_per_step / (time.perf_counter() - self.started)
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {rate:,.0f} tokens/s")
-        if "eval_loss" in logs:
-            self.curves["validation"].append((state.global_step, logs["eval_loss"]))
-            if self.show:
-                scale = f" (knowing nothing: ln(vocabulary) = {self.uniform_loss:.4f})" if not state.global_step else ""
-                line = f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}{scale}"
-                self.bar.write(line, file=sys.stderr)
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if self.show and "eval_loss" in metrics:
+            sample = self.sample().replace("\n", "\n    ")
+            line = f"step {state.global_step}: validation loss {metrics['eval_loss']:.4f}\n    {sample}"
+            self.bar.write(line, file=sys.stderr)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()

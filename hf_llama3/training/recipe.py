@@ -1,34 +1,37 @@
-"""Training from scratch, from top to bottom: data, tokenizer, model, optimiser, loop, report.
+"""Training on a text, from top to bottom: data, tokenizer, model, optimiser, loop, report.
 
-The loop is `transformers.Trainer`; what it does (devices, accumulation, clipping, schedules, saving) is set, not
-written again. The folder that is left is the portable one: every tool reads it.
+The loop is `transformers.Trainer`; what it does (devices, processes, accumulation, clipping, schedules, saving,
+resuming) is set, not written again. The folder that is left is the portable one: every tool reads it.
 """
 
-import json
+import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import Tokenizer
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
+from transformers.distributed import DistributedConfig
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
 
 from hf_llama3.configuration_llama3 import Llama3Config
-from hf_llama3.conversion.hf_config import make_portable
-from hf_llama3.conversion.manifest import TRAINING_FACTS
 from hf_llama3.conversion.params import feed_forward_size
 from hf_llama3.errors import UserError
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 
-from .data import ConsecutiveWindows, RandomWindows, read_text, split_text
-from .optimizer import MuonWithAdamW
+from .data import ConsecutiveWindows, ShuffledWindows, survey
+from .output import finish_run, last_checkpoint, start_run, system_errors
+from .prepare import FOLDER, prepare, read_prepared
 from .progress import ProgressBar
 from .settings import Settings
-from .tokenizer import make_tokenizer, train_bpe
+from .source import add_adapters, load_source, open_source
+from .trainer import EvaluateLast, TextTrainer
+
+SAMPLE_TOKENS = 100
+LOGS = 100  # of the loss, over a run
 
 
 @dataclass
@@ -37,6 +40,7 @@ class TrainingReport:
 
     output: str
     text: str
+    source: str | None  # the model that it went on from
     tokens: int  # of the training part
     vocab_size: int
     num_parameters: int
@@ -46,131 +50,238 @@ class TrainingReport:
     learning_rate: float
     seed: int
     first_loss: float  # on the validation part, before training
-    validation_loss: float
+    validation_loss: float  # of the best checkpoint, which is what is kept
+    best_step: int
+    test_loss: float | None  # where a part was set aside
+    tokens_per_second: float  # while training, evaluations and all
     seconds: float
     curves: dict[str, list[tuple[int, float]]]
+    notes: list[str]
 
     def to_dict(self) -> dict:
         return asdict(self)
 
 
-def train(text, output, settings: Settings = Settings(), progress: bool = False) -> TrainingReport:  # noqa: B008
-    """Train a Llama 3 from scratch on a text and leave a model folder in `output`.
+def train(
+    text,
+    output,
+    settings: Settings = Settings(),  # noqa: B008
+    resume: bool = False,
+    progress: bool = False,
+) -> TrainingReport:
+    """Train a Llama 3 on a text and leave a model folder in `output`.
+
+    Under torchrun, all processes call this, each computes its share of every step, and the first one writes.
 
     Args:
-        text: file in UTF-8; the first nine tenths train, the rest validates.
-        output: folder to make.
-        progress: show a bar on standard error.
+        text: file in UTF-8, of any size; its first part trains, the rest validates.
+        output: folder to make; checkpoints lie in `output/checkpoint-N` until it is finished, and after.
+        resume: go on from the last checkpoint of an interrupted run of the same settings.
+        progress: show bars on standard error.
 
     Raises:
-        UserError: the text cannot be read or is too short, the output exists, or the shape is impossible.
+        UserError: the text cannot be read or is too short, the output exists, the shape is impossible, the loss is no
+            longer a number, or the system refuses to write.
     """
     started, text, output = time.perf_counter(), Path(text), Path(output)
-    check_output(output)
-    set_seed(settings.seed)
-    context, steps = settings.context, settings.steps
+    arguments = make_arguments(output, settings)
+    is_first, progress = arguments.process_index == 0, progress and arguments.process_index == 0
+    source = source_tokenizer = None
+    if settings.source is not None:
+        source, source_tokenizer = open_source(settings.source, settings.context)
 
-    # Data and tokenizer
-    training_text, validation_text = split_text(read_text(text))
-    tokens = train_bpe([training_text], settings.vocab_size)
-    tokenizer_files, vocabulary = make_tokenizer(tokens, context)
-    encoder = Tokenizer.from_buffer(tokenizer_files["tokenizer.json"])
-    training, validation = (encode(encoder, part) for part in (training_text, validation_text))
-    if len(validation) <= context:
-        raise UserError(
-            f"{text} is too short for windows of {context} tokens: the tenth that validates has {len(validation)}; "
-            "take a longer text or a smaller --context"
-        )
+    # Data and tokenizer: the first process writes them, all map the same files
+    with system_errors(output), arguments.main_process_first(local=False):
+        if is_first:
+            surveyed = survey(text)
+            with start_run(output, surveyed, settings, resume):
+                prepare(surveyed, output, settings, source_tokenizer, progress)
+                if source is None:
+                    make_config(read_prepared(output).tokenizer.vocabulary, settings)
+        prepared = read_prepared(output)
+    tokenizer, context = prepared.tokenizer, settings.context
+    checkpoint = last_checkpoint(output) if resume else None
 
     # Model
-    try:
-        config = Llama3Config(
-            **vocabulary,
-            hidden_size=settings.hidden_size,
-            intermediate_size=feed_forward_size(settings.hidden_size, 32, None),
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.kv_heads,
-            max_position_embeddings=context,
-            tie_word_embeddings=True,
-        )
-    except (StrictDataclassError, ValueError) as error:
-        raise UserError(f"no model has this shape: {error.__cause__ or error}") from error
-    model = Llama3ForCausalLM(config)
+    set_seed(settings.seed)
+    if source is None:
+        model = Llama3ForCausalLM(make_config(tokenizer.vocabulary, settings))
+    else:
+        model = load_source(source, settings.dropout)
+    num_parameters, vocab_size = model.num_parameters(), model.config.vocab_size
+    if settings.fsdp:
+        model = divide_among_processes(model, output, arguments)
+    model.skip_logits_in_training = True
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable()
+    if settings.lora is not None:
+        model = add_adapters(model, settings.lora)
 
-    # Optimiser and loop
+    # Optimiser (see `TextTrainer.create_optimizer`) and loop
+    together = arguments.world_size * arguments.eval_batch_size
+    trainer = TextTrainer(
+        model,
+        arguments,
+        settings=settings,
+        train_dataset=ShuffledWindows(prepared.training, context, settings.steps * settings.batch_size, settings.seed),
+        eval_dataset=ConsecutiveWindows(prepared.validation, context, together),
+        callbacks=[EvaluateLast()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(
+        ProgressBar(settings.batch_size * context, lambda: draw_sample(trainer, prepared, settings), progress)
+    )
+    arguments.eval_on_start = checkpoint is None
+    steps_done = int(Path(checkpoint).name.partition("-")[2]) if checkpoint else 0
+    training_started = time.perf_counter()
+    with system_errors(output), quiet():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - training_started
+
+    # Report
+    test_loss = None
+    if len(prepared.test):
+        windows = ConsecutiveWindows(prepared.test, context, together)
+        test_loss = trainer.evaluate(windows, metric_key_prefix="test")["test_loss"]
+    curves = read_curves(trainer.state.log_history)
+    best_step, best_loss = min(curves["validation"], key=lambda point: point[1])
+    report = TrainingReport(
+        output=str(output),
+        text=text.name,
+        source=settings.source,
+        tokens=len(prepared.training),
+        vocab_size=vocab_size,
+        num_parameters=num_parameters,
+        context=context,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        first_loss=curves["validation"][0][1],
+        validation_loss=best_loss,
+        best_step=best_step,
+        test_loss=test_loss,
+        tokens_per_second=round((settings.steps - steps_done) * settings.batch_size * context / seconds, 1),
+        seconds=round(time.perf_counter() - started, 1),
+        curves=curves,
+        notes=[],
+    )
+    with system_errors(output), quiet():
+        finish_run(trainer, output, tokenizer.files, source, report)
+    return report
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keep the library's own bars and hints out of ours."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def make_arguments(output: Path, settings: Settings) -> TrainingArguments:
+    """Tell the Trainer what the settings mean to it; this also joins the processes that torchrun started.
+
+    Raises:
+        UserError: the processes cannot share the windows of a step evenly.
+    """
+    on_gpu = torch.cuda.is_available()
+    eval_every = settings.eval_every or max(settings.steps // 10, 1)
     arguments = TrainingArguments(
         output_dir=str(output),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        max_steps=settings.steps,
+        gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(steps // 10, 1),
+        warmup_steps=math.ceil(settings.warmup * settings.steps),
         max_grad_norm=1.0,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        use_cpu=not on_gpu and not torch.backends.mps.is_available(),
+        torch_compile=settings.compile,
+        ddp_find_unused_parameters=False,
         eval_strategy="steps",
-        eval_steps=settings.eval_every or max(steps // 5, 1),
-        eval_on_start=True,
-        save_strategy="no",
-        logging_steps=max(steps // 50, 1),
-        disable_tqdm=True,
+        eval_steps=eval_every,
+        save_strategy="steps",
+        save_steps=eval_every,
+        save_only_model=settings.fsdp,  # the library does not gather the optimiser's state
+        save_total_limit=2,  # the best and the last
+        load_best_model_at_end=not settings.fsdp,  # then the best checkpoint's files are taken
+        metric_for_best_model="eval_loss",
+        logging_steps=max(settings.steps // LOGS, 1),
+        logging_nan_inf_filter=False,  # a loss that is no number is not to be hidden
+        train_sampling_strategy="sequential",  # the windows are in random order
         remove_unused_columns=False,  # or `shift_labels` is, and the model shifts the labels a second time
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,
         report_to=[],
         seed=settings.seed,
         data_seed=settings.seed,
     )
-    bar = ProgressBar(settings.batch_size * context, config.vocab_size, progress)
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=RandomWindows(training, context, steps * settings.batch_size, settings.seed),
-        eval_dataset=ConsecutiveWindows(validation, context),
-        callbacks=[bar],
-        optimizers=(MuonWithAdamW(model, settings.learning_rate, settings.matrix_learning_rate), None),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-
-    # Report
-    for name, content in tokenizer_files.items():
-        (output / name).write_bytes(content)
-    model.config.use_cache = True  # the Trainer switched it off
-    model.save_pretrained(output)
-    make_portable(output)
-    report = TrainingReport(
-        output=str(output),
-        text=text.name,
-        tokens=len(training),
-        vocab_size=config.vocab_size,
-        num_parameters=model.num_parameters(),
-        context=context,
-        steps=steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        first_loss=bar.curves["validation"][0][1],
-        validation_loss=bar.curves["validation"][-1][1],
-        seconds=round(time.perf_counter() - started, 1),
-        curves=bar.curves,
-    )
-    (output / TRAINING_FACTS).write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
-    return report
+    shares = arguments.world_size * settings.accumulate
+    if settings.batch_size % shares:
+        raise UserError(
+            f"--batch-size must be a multiple of processes x --accumulate, got {settings.batch_size} and "
+            f"{arguments.world_size} x {settings.accumulate}"
+        )
+    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = settings.batch_size // shares
+    return arguments
 
 
-def check_output(output: Path):
-    """Raise unless a folder can be made there."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"{output} already exists; choose another --output")
-    parent = next(parent for parent in output.absolute().parents if parent.exists())
-    if not parent.is_dir():
-        raise UserError(f"{output} cannot be made: {parent} is a file; choose another --output")
+def make_config(vocabulary: dict, settings: Settings) -> Llama3Config:
+    """Describe a model of the given shape; its output head is its embedding.
+
+    Raises:
+        UserError: there is no such shape.
+    """
+    width = settings.hidden_size
+    try:
+        return Llama3Config(
+            **vocabulary,
+            hidden_size=width,
+            intermediate_size=settings.intermediate_size or feed_forward_size(width, 32, None),
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.kv_heads,
+            max_position_embeddings=settings.context,
+            attention_dropout=settings.dropout,
+            residual_dropout=settings.dropout,
+            tie_word_embeddings=True,
+        )
+    except (StrictDataclassError, ValueError) as error:
+        raise UserError(f"no model has this shape: {error.__cause__ or error}") from error
 
 
-def encode(encoder: Tokenizer, text: str) -> np.ndarray:
-    return np.array(encoder.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+def divide_among_processes(model: Llama3ForCausalLM, output: Path, arguments: TrainingArguments) -> Llama3ForCausalLM:
+    """Return the model with its weights divided (FSDP2), as the library does it: while it loads them from a folder."""
+    folder = output / FOLDER / "model"
+    with arguments.main_process_first(local=False), quiet():
+        if arguments.process_index == 0:
+            model.save_pretrained(folder)
+    config = DistributedConfig(fsdp_size=arguments.world_size)
+    return Llama3ForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=config)
 
 
-def uniform_loss(vocab_size: int) -> float:
-    """Return the loss of a model that knows nothing: every token equally likely."""
-    return math.log(vocab_size)
+def draw_sample(trainer: TextTrainer, prepared, settings: Settings) -> str:
+    """Generate some text after the first line of what validates; it leaves the random numbers of training alone."""
+    if settings.fsdp:
+        return "(no sample: the weights are divided among processes)"
+    prompt = torch.tensor(prepared.validation[:8].astype("int64"), device=trainer.args.device)[None]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(settings.seed)
+        room = settings.context - prompt.shape[1]
+        ids = trainer.model.generate(
+            prompt, max_new_tokens=max(min(SAMPLE_TOKENS, room), 1), do_sample=True, temperature=0.8, use_cache=True
+        )
+    return prepared.tokenizer.decode(ids[0].tolist())
+
+
+def read_curves(history: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """Gather (step, loss in nats per token) from what the Trainer logged."""
+    keys = {"training": "loss", "validation": "eval_loss"}
+    return {name: [(log["step"], log[key]) for log in history if key in log] for name, key in keys.items()}

@@ -1,25 +1,103 @@
-"""A tokenizer for a text, trained on it, in Meta's format and in Hugging Face's at once."""
+"""A tokenizer for a text: of its characters; trained on it, in the formats of Meta and Hugging Face; or taken over."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
+from hf_llama3.conversion.manifest import read_json, to_json
 from hf_llama3.conversion.meta_checkpoint import TOKENIZER_FILE
 from hf_llama3.conversion.tokenizer import (
     NUM_SPECIAL_TOKENS,
     PATTERN,
     byte_characters,
     hf_tokenizer_files,
+    read_ranks,
     special_tokens,
     tiktoken_file,
     token_ids,
+    tokenizer_kind,
 )
+from hf_llama3.conversion.tokenizer_files import PORTABLE_CLASS, copy_files
 from hf_llama3.errors import UserError
 
 VERSION = "3.1"  # whose special tokens a new tokenizer gets: the first with one for padding
 NUM_BYTES = 256  # every byte is a token, so that any text can be encoded
+UNKNOWN = "<unk>"  # what a tokenizer of characters makes of one that it has not met
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> list[bytes]:
-    """Train a byte-level BPE on `texts` and return its tokens in the order of their ranks.
+@dataclass
+class TextTokenizer:
+    """Hold the files of a tokenizer and what a model's configuration must know of it."""
+
+    files: dict[str, bytes]
+    vocabulary: dict  # vocab_size and token ids
+
+    def __post_init__(self):
+        from tokenizers import Tokenizer
+
+        self.fast = Tokenizer.from_buffer(self.files["tokenizer.json"])
+
+    def encode(self, text: str) -> list[int]:
+        return self.fast.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.fast.decode(ids)
+
+
+def make_tokenizer(kind: str, pieces: Iterable[str], context: int) -> TextTokenizer:
+    """Make the tokenizer that `--tokenizer` names.
+
+    Args:
+        kind: "char", "bpe:N" or a folder.
+        pieces: of the text that trains; one that validates would tell of itself.
+        context: tokens that the model is made for.
+
+    Raises:
+        UserError: there is no such tokenizer.
+    """
+    name, _, size = kind.partition(":")
+    if kind == "char":
+        return character_tokenizer(pieces, context)
+    if name == "bpe" and size.isascii() and size.isdecimal():
+        return tiktoken_tokenizer(train_bpe(pieces, int(size)), context)
+    if Path(kind).is_dir():
+        return read_tokenizer(Path(kind), context)
+    raise UserError(f"--tokenizer must be char, bpe:N with a number of tokens, or a folder with one, got {kind!r}")
+
+
+def character_tokenizer(pieces: Iterable[str], context: int) -> TextTokenizer:
+    """Make every character of the text a token.
+
+    Raises:
+        UserError: there is only one.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    characters = set()
+    for piece in pieces:
+        characters |= set(piece)
+    if len(characters) < 2:
+        raise UserError(f"the text must have at least two different characters to learn, got {sorted(characters)}")
+    vocab = {character: index for index, character in enumerate(sorted(characters))}
+    vocab[UNKNOWN] = len(vocab)
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(UNKNOWN, normalized=False)])
+    config = {
+        "tokenizer_class": PORTABLE_CLASS,
+        "unk_token": UNKNOWN,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": context,
+    }
+    files = {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), "tokenizer_config.json": to_json(config)}
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return TextTokenizer(files, {"vocab_size": len(vocab)} | ids)
+
+
+def train_bpe(pieces: Iterable[str], vocab_size: int) -> list[bytes]:
+    """Train a byte-level BPE and return its tokens in the order of their ranks.
 
     Args:
         vocab_size: tokens in all, with the 256 special ones that every Llama 3 has after its ranks.
@@ -41,21 +119,48 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> list[bytes]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(pieces, trainer)
     to_byte = {character: byte for byte, character in byte_characters().items()}
     ranked = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     return [bytes(to_byte[character] for character in token) for token, _ in ranked]
 
 
-def make_tokenizer(tokens: list[bytes], context: int) -> tuple[dict[str, bytes], dict]:
-    """Return the files of a tokenizer, Meta's and Hugging Face's, and what the model's configuration must know of it.
-
-    Args:
-        tokens: in the order of their ranks.
-        context: tokens that the model is made for.
-    """
+def tiktoken_tokenizer(tokens: list[bytes], context: int) -> TextTokenizer:
+    """Make the files of both formats from tokens in the order of their ranks."""
     names = special_tokens(VERSION)
     vocabulary = {"vocab_size": len(tokens) + len(names)} | token_ids(names, len(tokens), instruct=False)
     files = hf_tokenizer_files(tokens, names, vocabulary | {"max_position_embeddings": context}, instruct=False)
     encoded = {name: content.encode() for name, content in files.items()}
-    return encoded | {TOKENIZER_FILE: tiktoken_file(tokens)}, vocabulary
+    return TextTokenizer(encoded | {TOKENIZER_FILE: tiktoken_file(tokens)}, vocabulary)
+
+
+def read_tokenizer(folder: Path, context: int) -> TextTokenizer:
+    """Take over the tokenizer of a folder of either format.
+
+    Raises:
+        UserError: it holds none that can be taken.
+    """
+    model = folder / TOKENIZER_FILE
+    if not (folder / "tokenizer.json").is_file():
+        if not model.is_file() or tokenizer_kind(model) != "tiktoken":
+            raise UserError(f"{folder} must hold tokenizer.json, or Llama 3's tokenizer.model; name another folder")
+        return tiktoken_tokenizer(read_ranks(model), context)
+    from tokenizers import Tokenizer
+
+    try:
+        fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}); name another folder") from error
+    return TextTokenizer(copy_files(folder), {"vocab_size": fast.get_vocab_size()} | read_token_ids(folder, fast))
+
+
+def read_token_ids(folder: Path, fast) -> dict:
+    """Return the ids of the special tokens that tokenizer_config.json names."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    ids = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        ids[f"{name}_id"] = fast.token_to_id(token) if isinstance(token, str) else None
+    return ids

@@ -1,0 +1,122 @@
+"""The folder of a training run: begun once, gone on with, and at the end a model that every tool loads."""
+
+import contextlib
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from hf_llama3.conversion import convert
+from hf_llama3.conversion.checkpoint import Checkpoint
+from hf_llama3.conversion.hf_config import make_portable
+from hf_llama3.conversion.manifest import CURVES_FILE, TRAINING_FACTS, read_json, to_json
+from hf_llama3.errors import UserError
+
+from .data import Text
+from .plot import plot_curves
+from .prepare import FOLDER
+from .settings import Settings, differences
+
+RUN_FILE = "run.json"  # what a run was told; there while it is not finished
+LAST = "config.json"  # what makes a folder loadable
+
+
+@contextlib.contextmanager
+def start_run(output: Path, text: Text, settings: Settings, resume: bool):
+    """Make the folder of a run, or check that one is there to go on with; what the block refuses leaves no folder.
+
+    Raises:
+        UserError: the folder is taken, or belongs to a run of other settings or of another text.
+    """
+    run = output / RUN_FILE
+    if resume and settings.fsdp:
+        raise UserError(
+            f"--resume needs the optimiser's state, which --fsdp does not keep; go on with --from {output}/checkpoint-N"
+        )
+    if resume and run.exists():
+        facts = read_json(run)
+        if others := differences(settings, facts["settings"]):
+            raise UserError(f"{output} was begun with another {' and '.join(others)}; give what it was begun with")
+        if facts["text_sha256"] != text.sha256:
+            raise UserError(
+                f"{output} was begun with another text than {text.path}; give that text, or another --output"
+            )
+        yield
+        return
+    check_free(output, resume)
+    output.mkdir(parents=True, exist_ok=True)
+    run.write_bytes(to_json({"settings": asdict(settings), "text": text.path.name, "text_sha256": text.sha256}))
+    try:
+        yield
+    except UserError:
+        shutil.rmtree(output)
+        raise
+
+
+def check_free(output: Path, resume: bool = False):
+    """Raise unless a folder can be made there."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if (output / RUN_FILE).exists():
+            raise UserError(
+                f"{output} holds an unfinished run; add --resume to go on with it, or choose another --output"
+            )
+        if resume and (output / LAST).exists():
+            raise UserError(f"{output} is finished; choose another --output, or go on with --from {output}")
+        raise UserError(f"{output} already exists; choose another --output")
+    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"{output} cannot be made: {parent} is a file; choose another --output")
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """Return the last whole checkpoint; one that a kill cut short lacks what is written last."""
+    found = {}
+    for path in output.glob("checkpoint-*"):
+        with contextlib.suppress(UserError):
+            found[read_json(path / "trainer_state.json")["global_step"]] = str(path)
+    return found[max(found)] if found else None
+
+
+@contextlib.contextmanager
+def system_errors(output: Path):
+    """Turn what the system refuses into a sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        from_torch = type(error) is RuntimeError and "PytorchStreamWriter" in str(error)
+        if type(error) is RuntimeError and not from_torch:
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{output} could not be written ({reason}); mend that, then add --resume") from error
+
+
+def finish_run(trainer, output: Path, tokenizer_files: dict[str, bytes], source: Checkpoint | None, report):
+    """Write the finished model into the output, its configuration last; every process calls this."""
+    staging, is_first = output / "finished.partial", trainer.args.process_index == 0
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if is_first:
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was stopped here
+    if hasattr(model, "merge_and_unload"):
+        if is_first:
+            model.save_pretrained(output / "adapter")
+        model = model.merge_and_unload()
+    if is_first and trainer.settings.fsdp:  # the checkpoint is whole, the model in this process is not
+        convert(trainer.state.best_model_checkpoint or last_checkpoint(output), staging, to="hf", verify=False)
+    elif is_first:
+        model.save_pretrained(staging)
+    if is_first:
+        for name, content in tokenizer_files.items():
+            (staging / name).write_bytes(content)
+        config = read_json(staging / LAST)
+        (staging / LAST).write_bytes(to_json(config | {"use_cache": True}))  # the Trainer switched it off
+        make_portable(staging, source and source.generation_config)
+        if note := plot_curves(report.curves, staging / CURVES_FILE):
+            report.notes.append(note)
+        (staging / TRAINING_FACTS).write_bytes(to_json(report.to_dict()))
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == LAST):
+            path.rename(output / path.name)
+        staging.rmdir()
+        shutil.rmtree(output / FOLDER)
+        (output / RUN_FILE).unlink()
+    trainer.accelerator.wait_for_everyone()

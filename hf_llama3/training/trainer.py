@@ -1,0 +1,58 @@
+"""The library's Trainer with what training on a text needs besides: an exact loss, and a stop where there is none."""
+
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_llama3.errors import UserError
+
+from .data import IGNORED
+from .optimizer import make_optimizer
+from .output import last_checkpoint
+from .settings import Settings
+
+
+class TextTrainer(Trainer):
+    """Evaluate over every token of a text, however it is cut and whoever computes it; stop where the loss is none."""
+
+    def __init__(self, *args, settings: Settings, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.settings = settings
+        self.model_accepts_loss_kwargs = False  # all windows have as many tokens: a mean of means is the mean
+
+    def create_optimizer(self, model=None):
+        self.optimizer = make_optimizer(self.model if model is None else model, self.settings)
+        return self.optimizer
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            kept = last_checkpoint(Path(self.args.output_dir))
+            remedy = f"lower --learning-rate, or go on with --from {kept}" if kept else "lower --learning-rate"
+            raise UserError(f"the loss of step {self.state.global_step + 1} must be a number, got {loss:g}; {remedy}")
+        return loss
+
+    @torch.no_grad()
+    def evaluation_loop(self, dataloader, description, *unused, metric_key_prefix="eval", **more):
+        """Return the mean loss over all tokens of `dataloader`, in nats."""
+        model = self.model_wrapped
+        model.eval()
+        total = torch.zeros(2, device=self.args.device)  # sum of the losses, how many
+        for batch in dataloader:
+            count = (batch["shift_labels"] != IGNORED).sum()
+            with self.compute_loss_context_manager():
+                loss = model(**batch, skip_logits=True).loss
+            if count:
+                total += torch.stack([loss * count, count])
+        loss, count = self.accelerator.reduce(total).tolist()
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss / count}, len(dataloader.dataset))
+
+
+class EvaluateLast(TrainerCallback):
+    """Have the last step evaluated and saved, whatever the number of steps between."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
