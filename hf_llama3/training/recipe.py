@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from transformers import TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 from transformers.trainer_callback import PrinterCallback
@@ -31,6 +33,7 @@ from .source import add_adapters, load_source, open_source
 from .trainer import EvaluateLast, TextTrainer
 
 SAMPLE_TOKENS = 100
+FSDP_SINCE = "5.23.0"  # of transformers, whose Trainer takes a model that was divided while it was loaded
 LOGS = 100  # of the loss, over a run
 
 
@@ -189,8 +192,10 @@ def make_arguments(output: Path, settings: Settings) -> TrainingArguments:
     """Tell the Trainer what the settings mean to it; this also joins the processes that torchrun started.
 
     Raises:
-        UserError: the processes cannot share the windows of a step evenly.
+        UserError: the processes cannot share the windows of a step evenly, or the library is too old for --fsdp.
     """
+    if settings.fsdp and Version(transformers.__version__) < Version(FSDP_SINCE):
+        raise UserError(f"--fsdp needs transformers {FSDP_SINCE} or newer, got {transformers.__version__}; upgrade it")
     on_gpu = torch.cuda.is_available()
     eval_every = settings.eval_every or max(settings.steps // 10, 1)
     arguments = TrainingArguments(

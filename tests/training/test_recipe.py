@@ -241,6 +241,16 @@ def test_adapters(trained, text, tmp_path):
     assert json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())["r"] == 4
 
 
+def test_extras_that_are_missing(trained, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it raises
+    monkeypatch.setitem(sys.modules, "peft", None)
+    report = train(text, tmp_path / "out", make_settings(**vars(SMALL) | {"steps": 1}))
+    assert report.notes == ['no picture of the curves was drawn; for one, pip install "hf_llama3[plot]"']
+    assert not (tmp_path / "out" / "curves.png").exists()
+    with pytest.raises(UserError, match=r'--lora needs peft; pip install "hf_llama3\[peft\]"'):
+        train(text, tmp_path / "adapted", make_settings(source=str(trained[0]), lora=2, context=32))
+
+
 def test_a_context_longer_than_the_models(trained, text, tmp_path):
     settings = make_settings(source=str(trained[0]), context=64)
     with pytest.raises(UserError, match="--context must be at most the 32 tokens"):
