@@ -1,6 +1,7 @@
 """Another type for the elements, on request: the one thing that a conversion computes."""
 
 import math
+import threading
 
 import numpy as np
 
@@ -20,6 +21,7 @@ class Cast:
         self.torch = torch
         self.to = to
         self.largest_error = 0.0
+        self.lock = threading.Lock()
 
     def __call__(self, block: np.ndarray, stored: Dtype) -> np.ndarray:
         """Take and return elements as unsigned integers of their width.
@@ -44,5 +46,6 @@ class Cast:
             raise UserError(
                 f"--dtype {self.to.name} cannot hold {largest:g}, which is in the weights; choose a wider type"
             )
-        self.largest_error = max(self.largest_error, error)
+        with self.lock:
+            self.largest_error = max(self.largest_error, error)
         return after.view(getattr(torch, f"int{8 * self.to.itemsize}")).numpy().view(f"<u{self.to.itemsize}")

@@ -14,7 +14,7 @@ from .hf_config import generation_config
 from .opening import open_checkpoint
 from .plan import assemble
 from .storage import Assembly
-from .tokenizer_files import hf_tokenizer
+from .tokenizer_files import hf_tokenizer, write_files
 from .weights import sizes
 
 
@@ -71,8 +71,7 @@ def load_meta_tokenizer(path, *, rope_factor: float | None = None):
     if checkpoint.tokenizer is None:
         raise UserError(f"{path} must hold a tokenizer.model to turn text into tokens; put Meta's there")
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in hf_tokenizer(checkpoint, notes=[]).items():
-            (Path(folder) / name).write_bytes(content)
+        write_files(Path(folder), hf_tokenizer(checkpoint, notes=[]))
         return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

@@ -51,7 +51,8 @@ class Plan:
     @property
     def needed_bytes(self) -> int:
         """What the target takes at most: a tokenizer.json is eight times as long as its tokenizer.model."""
-        return self.nbytes + (10 * self.source.tokenizer.stat().st_size if self.source.tokenizer else 0)
+        times = 10 if self.to == "hf" and self.source.tokenizer_kind in ("tiktoken", "sentencepiece") else 1
+        return self.nbytes + (times * self.source.tokenizer.stat().st_size if self.source.tokenizer else 0)
 
     @property
     def num_tensors(self) -> int:

@@ -154,7 +154,7 @@ def hf_tokenizer_files(
         chat_template: another than Llama 3's.
     """
     name_of = {len(tokens) + index: name for index, name in enumerate(names)}
-    begin, end, padding = (name_of.get(one_id(config[f"{key}_id"])) for key in TOKEN_NAMES)
+    begin, end, padding = (special_name(config[f"{key}_id"], len(tokens), names) for key in TOKEN_NAMES)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the one name that versions 4 and 5 and all engines know
         **{key: name for key, name in zip(TOKEN_NAMES, (begin, end, padding), strict=True) if name is not None},
@@ -194,9 +194,27 @@ def build_tokenizer(tokens: list[bytes], names: list[str], begin: str | None):
     return tokenizer
 
 
-def one_id(ids: int | list[int] | None) -> int | None:
-    """Return the id that a tokenizer appends where generation may stop at several: the last, which ends a turn."""
-    return ids[-1] if isinstance(ids, list) else ids
+def special_name(ids: int | list[int] | None, first: int, names: list[str]) -> str | None:
+    """Return the special token of an id, of which `first` is the smallest; of several, the last, which ends a turn."""
+    token_id = ids[-1] if isinstance(ids, list) else ids
+    return None if token_id is None else dict(enumerate(names, first)).get(token_id)
+
+
+def read_tokenizer_json(content: bytes, path: Path):
+    """Build the `tokenizers.Tokenizer` of a tokenizer.json, which splits texts whole, whatever was last asked of it.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{path} is no readable tokenizer ({error}); write it again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def llama3_chat_template() -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from hf_llama3.errors import UserError
 
 from .checkpoint import Checkpoint
-from .tokenizer import build_tokenizer, one_id, read_ranks
+from .tokenizer import build_tokenizer, read_ranks, read_tokenizer_json, special_name
 from .tokenizer_files import build_sentencepiece, read_sentencepiece
 
 
@@ -41,19 +41,13 @@ def load_tokenizer(checkpoint: Checkpoint):
     Raises:
         UserError: the file is damaged, or an extra is missing.
     """
-    from tokenizers import Tokenizer
-
     path = tokenizer_file(checkpoint)
     if path.suffix == ".json":
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{path} is no readable tokenizer ({error}); write it again") from error
+        return read_tokenizer_json(path.read_bytes(), path)
     if checkpoint.tokenizer_kind == "sentencepiece":
         return build_sentencepiece(read_sentencepiece(path))
     tokens, names = read_ranks(path), checkpoint.special_tokens
-    begin = one_id(checkpoint.config["bos_token_id"])
-    return build_tokenizer(tokens, names, None if begin is None else names[begin - len(tokens)])
+    return build_tokenizer(tokens, names, special_name(checkpoint.config["bos_token_id"], len(tokens), names))
 
 
 def split_alike(ours, theirs, with_begin: bool) -> bool:

@@ -231,7 +231,7 @@ def train(
     if not is_first_process():
         return
     if license is not None:
-        (output / "README.md").write_text(build_card(output, license), "utf-8")
+        write_card(output / "README.md", build_card(output, license))
     if as_json:
         print_json(report)
         return
@@ -283,10 +283,14 @@ def card(
     if output is None:
         print(content, end="")
         return
+    write_card(output, content)
+
+
+def write_card(path: Path, content: str):
     try:
-        output.write_text(content, "utf-8")
+        path.write_text(content, "utf-8")
     except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror}") from error
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def read_lines(path: Path) -> list[str]:

@@ -397,6 +397,9 @@ def test_unknown_model():
         ),
         (TEXT.encode(), ["--lora", 4], "--lora adapts a trained model, got --lora 4 without --from"),
         (TEXT.encode(), ["--from", "nowhere"], "nowhere does not exist"),
+        (TEXT.encode(), ["--from", "x", "--layers", 2, "--heads", 4], "got --layers and --heads; leave them out"),
+        (TEXT.encode(), ["--from", "x", "--preset", "shakespeare-cpu"], "got --preset; leave them out"),
+        (TEXT.encode(), ["--from", "x", "--lora", 4, "--matrix-learning-rate", 0.1], "must be 0 with --lora, got 0.1"),
         (TEXT.encode(), ["--tokenizer", "/"], "/ must hold tokenizer.json, or Llama 3's tokenizer.model"),
         (
             TEXT.encode(),

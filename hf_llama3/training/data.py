@@ -100,12 +100,8 @@ def end_of_line(text: str) -> int:
 
 
 def write_tokens(path: Path, pieces: Iterator[str], encode: Callable[[str], list[int]], vocab_size: int) -> np.memmap:
-    """Write the token ids of a text to a file, as wide as the vocabulary needs, and map it.
-
-    Raises:
-        UserError: there are none.
-    """
-    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    """Write the token ids of a text to a file, as wide as the vocabulary needs, and map it."""
+    dtype = token_dtype(vocab_size)
     with open(path, "wb") as file:
         for piece in pieces:
             file.write(np.array(encode(piece), dtype).tobytes())
@@ -114,8 +110,12 @@ def write_tokens(path: Path, pieces: Iterator[str], encode: Callable[[str], list
 
 def map_tokens(path: Path, vocab_size: int) -> np.ndarray:
     """Map a file that `write_tokens` wrote."""
-    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    dtype = token_dtype(vocab_size)
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 class ShuffledWindows(Dataset):

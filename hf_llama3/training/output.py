@@ -5,12 +5,15 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from hf_llama3.conversion import convert
 from hf_llama3.conversion.checkpoint import Checkpoint
+from hf_llama3.conversion.convert import write_small
 from hf_llama3.conversion.hf_config import make_portable
 from hf_llama3.conversion.manifest import CURVES_FILE, TRAINING_FACTS, read_json, to_json
+from hf_llama3.conversion.tokenizer_files import write_files
 from hf_llama3.errors import UserError
 
 from .data import Text
@@ -46,7 +49,7 @@ def start_run(output: Path, text: Text, settings: Settings, resume: bool):
         return
     check_free(output, resume)
     output.mkdir(parents=True, exist_ok=True)
-    run.write_bytes(to_json({"settings": asdict(settings), "text": text.path.name, "text_sha256": text.sha256}))
+    write_small(run, to_json({"settings": asdict(settings), "text": text.path.name, "text_sha256": text.sha256}))
     try:
         yield
     except UserError:
@@ -83,9 +86,12 @@ def system_errors(output: Path):
     """Turn what the system refuses into a sentence."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        remedy = "lower --batch-size, raise --accumulate, or add --checkpointing"
+        raise UserError(f"{output} needs more memory than there is ({reason}); {remedy}") from error
     except (OSError, SafetensorError, RuntimeError) as error:
-        from_torch = type(error) is RuntimeError and "PytorchStreamWriter" in str(error)
-        if type(error) is RuntimeError and not from_torch:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{output} could not be written ({reason}); mend that, then add --resume") from error
@@ -106,8 +112,7 @@ def finish_run(trainer, output: Path, tokenizer_files: dict[str, bytes], source:
     elif is_first:
         model.save_pretrained(staging)
     if is_first:
-        for name, content in tokenizer_files.items():
-            (staging / name).write_bytes(content)
+        write_files(staging, tokenizer_files)
         config = read_json(staging / LAST)
         (staging / LAST).write_bytes(to_json(config | {"use_cache": True}))  # the Trainer switched it off
         make_portable(staging, source and source.generation_config)
@@ -117,6 +122,6 @@ def finish_run(trainer, output: Path, tokenizer_files: dict[str, bytes], source:
         for path in sorted(staging.iterdir(), key=lambda path: path.name == LAST):
             path.rename(output / path.name)
         staging.rmdir()
-        shutil.rmtree(output / FOLDER)
         (output / RUN_FILE).unlink()
+        shutil.rmtree(output / FOLDER)
     trainer.accelerator.wait_for_everyone()

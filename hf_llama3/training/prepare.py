@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_llama3.conversion.manifest import byte_bar, read_json, to_json
+from hf_llama3.conversion.tokenizer_files import write_files
 from hf_llama3.errors import UserError
 
 from .data import Text, map_tokens, read_range, write_tokens
@@ -49,8 +50,7 @@ def prepare(text: Text, output: Path, settings: Settings, tokenizer: TextTokeniz
                 f"{text.path} is too short: its {name} part has {len(tokens)} tokens and needs {needed} for windows of "
                 f"{settings.context}; take a longer text or a smaller --context"
             )
-    for name, content in tokenizer.files.items():
-        (folder / name).write_bytes(content)
+    write_files(folder, tokenizer.files)
     facts = {"vocabulary": tokenizer.vocabulary, "files": sorted(tokenizer.files)}
     (folder / DONE).write_bytes(to_json(facts))
 

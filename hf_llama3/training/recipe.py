@@ -30,7 +30,7 @@ from .prepare import FOLDER, prepare, read_prepared
 from .progress import ProgressBar
 from .settings import Settings
 from .source import add_adapters, load_source, open_source
-from .trainer import EvaluateLast, TextTrainer
+from .trainer import TextTrainer, WholeCheckpoints
 
 SAMPLE_TOKENS = 100
 FSDP_SINCE = "5.23.0"  # of transformers, whose Trainer takes a model that was divided while it was loaded
@@ -113,7 +113,8 @@ def train(
         model = load_source(source, settings.dropout)
     num_parameters, vocab_size = model.num_parameters(), model.config.vocab_size
     if settings.fsdp:
-        model = divide_among_processes(model, output, arguments)
+        with system_errors(output):
+            model = divide_among_processes(model, output, arguments)
     model.skip_logits_in_training = True
     if settings.checkpointing:
         model.gradient_checkpointing_enable()
@@ -128,7 +129,7 @@ def train(
         settings=settings,
         train_dataset=ShuffledWindows(prepared.training, context, settings.steps * settings.batch_size, settings.seed),
         eval_dataset=ConsecutiveWindows(prepared.validation, context, together),
-        callbacks=[EvaluateLast()],
+        callbacks=[WholeCheckpoints(tokenizer.files)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(
@@ -147,7 +148,7 @@ def train(
         windows = ConsecutiveWindows(prepared.test, context, together)
         test_loss = trainer.evaluate(windows, metric_key_prefix="test")["test_loss"]
     curves = read_curves(trainer.state.log_history)
-    best_step, best_loss = min(curves["validation"], key=lambda point: point[1])
+    best_step, best_loss = min(curves["validation"][1:], key=lambda point: point[1])  # the first has no checkpoint
     report = TrainingReport(
         output=str(output),
         text=text.name,
@@ -224,10 +225,14 @@ def make_arguments(output: Path, settings: Settings) -> TrainingArguments:
         remove_unused_columns=False,  # or `shift_labels` is, and the model shifts the labels a second time
         dataloader_pin_memory=on_gpu,
         disable_tqdm=True,
+        ddp_timeout=7 * 24 * 3600,  # the first process may take long over a large text
         report_to=[],
         seed=settings.seed,
         data_seed=settings.seed,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process takes one device; torchrun starts more processes
+    if settings.fsdp and arguments.world_size == 1:
+        raise UserError("--fsdp divides a model among processes, got 1; start it by torchrun --nproc-per-node N")
     shares = arguments.world_size * settings.accumulate
     if settings.batch_size % shares:
         raise UserError(
@@ -273,7 +278,7 @@ def divide_among_processes(model: Llama3ForCausalLM, output: Path, arguments: Tr
 
 
 def draw_sample(trainer: TextTrainer, prepared, settings: Settings) -> str:
-    """Generate some text after the first line of what validates; it leaves the random numbers of training alone."""
+    """Generate some text after the first tokens of what validates; it leaves the random numbers of training alone."""
     if settings.fsdp:
         return "(no sample: the weights are divided among processes)"
     prompt = torch.tensor(prepared.validation[:8].astype("int64"), device=trainer.args.device)[None]

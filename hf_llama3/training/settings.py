@@ -55,6 +55,8 @@ class Settings:
         if not 0 < self.validation_share < 1 - self.test_share:
             shares = f"{self.validation_share} and {self.test_share}"
             raise UserError(f"--validation-share and --test-share must leave text to train on, got {shares}")
+        if self.lora is not None and self.matrix_learning_rate:
+            raise UserError(f"--matrix-learning-rate must be 0 with --lora, got {self.matrix_learning_rate}")
         for name in ("lora", "test_share"):
             if self.fsdp and getattr(self, name):
                 raise UserError(f"--fsdp cannot go with {option(name)}, got {getattr(self, name)}; leave one out")
@@ -77,7 +79,8 @@ PRESETS = {
     },
 }
 
-# A trained model is changed little by little, and by the optimiser that made it.
+# A trained model is changed little by little, by AdamW: Muon moves every matrix by as much whatever the gradient.
+SHAPE = ("tokenizer", "layers", "hidden_size", "intermediate_size", "heads", "kv_heads")
 FROM_SOURCE = {"learning_rate": 1e-4, "matrix_learning_rate": 0.0}
 
 
@@ -90,7 +93,16 @@ def make_settings(preset: str | None = None, **options) -> Settings:
     if preset is not None and preset not in PRESETS:
         raise UserError(f"--preset must be one of {sorted(PRESETS)}, got {preset!r}")
     given = {name: value for name, value in options.items() if value is not None}
-    usual = FROM_SOURCE if given.get("source") else {}
+    usual = {}
+    if given.get("source"):
+        usual, taken = (
+            FROM_SOURCE,
+            [option(name) for name in SHAPE if name in given] + ["--preset"] * (preset is not None),
+        )
+        if taken:
+            raise UserError(
+                f"--from takes shape and tokenizer from its model, got {' and '.join(taken)}; leave them out"
+            )
     return Settings(**usual | PRESETS.get(preset, {}) | given)
 
 

@@ -35,7 +35,9 @@ def load_source(checkpoint: Checkpoint, dropout: float) -> Llama3ForCausalLM:
     """Load the model in float32, since small updates are lost in narrower types."""
     rates = {"attention_dropout": dropout, "residual_dropout": dropout}
     if checkpoint.format == "meta":
-        return load_meta(checkpoint.path, dtype=torch.float32, **rates)
+        model = load_meta(checkpoint.path, dtype=torch.float32, **rates)
+        model.name_or_path = model.config.name_or_path = str(checkpoint.path)  # the base that adapters name
+        return model
     return Llama3ForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, **rates)
 
 

@@ -12,6 +12,7 @@ from hf_llama3.conversion.tokenizer import (
     byte_characters,
     hf_tokenizer_files,
     read_ranks,
+    read_tokenizer_json,
     special_tokens,
     tiktoken_file,
     token_ids,
@@ -27,15 +28,20 @@ UNKNOWN = "<unk>"  # what a tokenizer of characters makes of one that it has not
 
 @dataclass
 class TextTokenizer:
-    """Hold the files of a tokenizer and what a model's configuration must know of it."""
+    """Hold the files of a tokenizer and what a model's configuration must know of it.
+
+    Raises:
+        UserError: in `__init__`, tokenizer.json is damaged, or has more ids than the embedding has rows.
+    """
 
     files: dict[str, bytes]
     vocabulary: dict  # vocab_size and token ids
 
     def __post_init__(self):
-        from tokenizers import Tokenizer
-
-        self.fast = Tokenizer.from_buffer(self.files["tokenizer.json"])
+        self.fast = read_tokenizer_json(self.files["tokenizer.json"], Path("tokenizer.json"))
+        largest, rows = max(self.fast.get_vocab(with_added_tokens=True).values()), self.vocabulary["vocab_size"]
+        if largest >= rows:
+            raise UserError(f"the tokenizer's ids must be below the {rows} rows of the embedding, got {largest}")
 
     def encode(self, text: str) -> list[int]:
         return self.fast.encode(text, add_special_tokens=False).ids
@@ -145,13 +151,10 @@ def read_tokenizer(folder: Path, context: int) -> TextTokenizer:
         if not model.is_file() or tokenizer_kind(model) != "tiktoken":
             raise UserError(f"{folder} must hold tokenizer.json, or Llama 3's tokenizer.model; name another folder")
         return tiktoken_tokenizer(read_ranks(model), context)
-    from tokenizers import Tokenizer
-
-    try:
-        fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}); name another folder") from error
-    return TextTokenizer(copy_files(folder), {"vocab_size": fast.get_vocab_size()} | read_token_ids(folder, fast))
+    files, path = copy_files(folder), folder / "tokenizer.json"
+    fast = read_tokenizer_json(files[path.name], path)
+    vocab_size = max(fast.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
+    return TextTokenizer(files, {"vocab_size": vocab_size} | read_token_ids(folder, fast))
 
 
 def read_token_ids(folder: Path, fast) -> dict:

@@ -6,6 +6,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_llama3.conversion.tokenizer_files import write_files
 from hf_llama3.errors import UserError
 
 from .data import IGNORED
@@ -30,7 +31,8 @@ class TextTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             kept = last_checkpoint(Path(self.args.output_dir))
-            remedy = f"lower --learning-rate, or go on with --from {kept}" if kept else "lower --learning-rate"
+            is_model = kept and self.settings.lora is None  # adapters are none by themselves
+            remedy = f"lower --learning-rate, or go on with --from {kept}" if is_model else "lower --learning-rate"
             raise UserError(f"the loss of step {self.state.global_step + 1} must be a number, got {loss:g}; {remedy}")
         return loss
 
@@ -50,8 +52,15 @@ class TextTrainer(Trainer):
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss / count}, len(dataloader.dataset))
 
 
-class EvaluateLast(TrainerCallback):
-    """Have the last step evaluated and saved, whatever the number of steps between."""
+class WholeCheckpoints(TrainerCallback):
+    """Have the last step evaluated and saved, whatever the number of steps between; put the tokenizer beside it."""
+
+    def __init__(self, tokenizer_files: dict[str, bytes]):
+        self.tokenizer_files = tokenizer_files
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.should_save:
+            write_files(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.tokenizer_files)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:

@@ -98,6 +98,22 @@ def test_another_tokenizer(damage, pair):
     assert (report.tokenizer, report.differences) == ("differs", ["the tokenizer"])
 
 
+def test_a_begin_token_that_is_none(pair, tmp_path):
+    """`bos_token_id` 1, as upstream's configuration has it where nobody says: no special token has that id."""
+    raw = json.loads((pair[1] / "config.json").read_text())
+    (pair[1] / "config.json").write_text(json.dumps(raw | {"bos_token_id": 1}))
+    assert convert(pair[1], tmp_path / "meta2").verification.tokenizer == "equal"
+
+
+def test_what_a_tokenizer_was_last_asked(pair):
+    """Cutting and padding, which a saved tokenizer remembers, are no difference."""
+    meta, hf = pair
+    raw = json.loads((hf / "tokenizer.json").read_text())
+    raw["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    (hf / "tokenizer.json").write_text(json.dumps(raw))
+    assert verify(meta, hf).tokenizer == "equal"
+
+
 def test_the_same_tokenizer_in_another_spelling(pair):
     """Not the bytes of tokenizer.json count, but what it does."""
     meta, hf = pair

@@ -8,23 +8,15 @@ import sys
 import pytest
 import torch
 import transformers
-from command_line import run
+from command_line import refuse, run
 from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_llama3.quickstart import python_documentation
 from hf_llama3.training.recipe import FSDP_SINCE
 
 OPTIONS = ["--tokenizer", "char", "--layers", 2, "--hidden-size", 32, "--heads", 2, "--kv-heads", 1, "--context", 32]
 OPTIONS += ["--steps", 6, "--batch-size", 4, "--eval-every", 2, "--json"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(python_documentation()[:40_000])
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +25,8 @@ def alone(text, tmp_path_factory):
     return output, json.loads(run("train", "--text", text, "--output", output, *OPTIONS).stdout)
 
 
-def torchrun(*arguments, processes=2):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def torchrun(*arguments):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "-m", "hf_llama3", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
@@ -80,7 +72,7 @@ def test_a_user_is_told_once(text, tmp_path):
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version(FSDP_SINCE), reason="refused as a whole, see above")
 def test_fsdp_says_what_it_cannot(text, tmp_path):
-    result = torchrun(
-        "train", "--text", text, "--output", tmp_path / "out", *OPTIONS, "--fsdp", "--resume", processes=1
-    )
+    arguments = ["train", "--text", text, "--output", tmp_path / "out", *OPTIONS, "--fsdp"]
+    result = torchrun(*arguments, "--resume")
     assert "--resume needs the optimiser's state, which --fsdp does not keep" in result.stderr
+    assert "--fsdp divides a model among processes, got 1; start it by torchrun" in refuse(*arguments)

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_llama3.conversion import convert, inspect
 from hf_llama3.errors import UserError
-from hf_llama3.quickstart import python_documentation
 from hf_llama3.training import make_settings, train
 from hf_llama3.training import recipe as module
 from hf_llama3.training.output import last_checkpoint
@@ -25,13 +25,6 @@ from hf_llama3.training.settings import PRESETS
 
 SHAPE = {"layers": 2, "hidden_size": 32, "heads": 2, "kv_heads": 1, "context": 32}
 SMALL = make_settings(tokenizer="char", steps=12, batch_size=4, eval_every=4, dropout=0.1, **SHAPE)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(python_documentation()[:40_000])
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +221,46 @@ def test_going_on_from(form, trained, text, tmp_path):
         assert report.first_loss == pytest.approx(trained[1].validation_loss, rel=0.05)  # the context is half as long
         theirs = AutoTokenizer.from_pretrained(source)
         assert AutoTokenizer.from_pretrained(tmp_path / "out")("class")["input_ids"] == theirs("class")["input_ids"]
+
+
+def test_going_on_from_a_checkpoint(trained, text, tmp_path):
+    """They hold the tokenizer as well, so that a run whose loss broke can be gone on with."""
+    source = trained[0] / "checkpoint-12"
+    report = train(text, tmp_path / "out", make_settings(source=str(source), steps=2, batch_size=2, context=16))
+    assert report.first_loss == pytest.approx(trained[1].validation_loss, rel=0.05)
+
+
+def test_a_model_that_only_gets_worse(trained, text, tmp_path):
+    """What is reported is what is kept: a checkpoint of this run."""
+    how = {"steps": 4, "batch_size": 4, "context": 32, "learning_rate": 10.0, "warmup": 0.0, "eval_every": 2}
+    report = train(text, tmp_path / "out", make_settings(source=str(trained[0]), **how))
+    assert report.best_step > 0 and report.validation_loss > report.first_loss
+
+
+def test_a_tokenizer_that_was_told_to_cut(trained, text, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "source")
+    raw = json.loads((tmp_path / "source" / "tokenizer.json").read_text())
+    raw["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "source" / "tokenizer.json").write_text(json.dumps(raw))
+    settings = make_settings(tokenizer=str(tmp_path / "source"), steps=1, batch_size=2, **SHAPE)
+    assert train(text, tmp_path / "out", settings).tokens == 36_000
+
+
+def test_a_tokenizer_of_another_model(trained, text, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "source")
+    raw = json.loads((tmp_path / "source" / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["€"] = 5000
+    (tmp_path / "source" / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"ids must be below the .* rows of the embedding, got 5000"):
+        train(text, tmp_path / "out", make_settings(source=str(tmp_path / "source"), context=32))
+
+
+def test_templates_in_a_folder_of_their_own(trained, text, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "source")
+    (tmp_path / "source" / "additional_chat_templates").mkdir()
+    (tmp_path / "source" / "additional_chat_templates" / "tool.jinja").write_text("{{ 1 }}")
+    train(text, tmp_path / "out", make_settings(source=str(tmp_path / "source"), steps=1, batch_size=2, context=32))
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "{{ 1 }}"
 
 
 def test_adapters(trained, text, tmp_path):
