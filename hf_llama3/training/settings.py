@@ -55,13 +55,13 @@ class Settings:
         if not 0 < self.validation_share < 1 - self.test_share:
             shares = f"{self.validation_share} and {self.test_share}"
             raise UserError(f"--validation-share and --test-share must leave text to train on, got {shares}")
-        if self.lora is not None and self.matrix_learning_rate:
-            raise UserError(f"--matrix-learning-rate must be 0 with --lora, got {self.matrix_learning_rate}")
         for name in ("lora", "test_share"):
             if self.fsdp and getattr(self, name):
                 raise UserError(f"--fsdp cannot go with {option(name)}, got {getattr(self, name)}; leave one out")
         if self.lora is not None and self.source is None:
             raise UserError(f"--lora adapts a trained model, got --lora {self.lora} without --from")
+        if self.lora is not None and self.matrix_learning_rate:
+            raise UserError(f"--matrix-learning-rate must be 0 with --lora, got {self.matrix_learning_rate}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed must be between 0 and {2**32 - 1}, got {self.seed}")
 
