@@ -1,7 +1,7 @@
 """Training against the field: losses at a fixed budget, speed and memory beside upstream's class.
 
     OMP_NUM_THREADS=1 python benchmarks/training.py loss --text tinyshakespeare.txt   # preset shakespeare-cpu
-    OMP_NUM_THREADS=1 python benchmarks/training.py curve --text tinyshakespeare.txt  # preset shakespeare-gpu, begun
+    OMP_NUM_THREADS=1 python benchmarks/training.py curve --text tinyshakespeare.txt --bf16  # shakespeare-gpu, begun
     OMP_NUM_THREADS=1 python benchmarks/training.py speed
     OMP_NUM_THREADS=2 python benchmarks/training.py memory
 
@@ -12,11 +12,13 @@ many steps as fit into nanoGPT's time. `curve` compares the first steps of the G
 """
 
 import argparse
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ def main():
     parser.add_argument("part", choices=["loss", "curve", "speed", "memory"])
     parser.add_argument("--text", type=Path, help="tiny Shakespeare")
     parser.add_argument("--steps", type=int, default=500, help="of `curve`")
+    parser.add_argument("--bf16", action="store_true", help="of `curve`: compute in bfloat16")
     parser.add_argument("--seeds", type=int, default=3, help="of `loss`")
     parser.add_argument("--measure", choices=["ours", "upstream"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -117,10 +120,12 @@ class PlainGPT(nn.Module):
 
 
 def compare_curves(args):
-    every = max(args.steps // 5, 1)
-    ours = run(args.text, preset="shakespeare-gpu", steps=args.steps, eval_every=every)
+    options = {"preset": "shakespeare-gpu", "steps": args.steps, "eval_every": max(args.steps // 5, 1)}
+    options["bf16"] = args.bf16 or None
     plain = {"matrix_learning_rate": 0.0, "learning_rate": 1e-3, "dropout": 0.0}
-    theirs = run(args.text, preset="shakespeare-gpu", steps=args.steps, eval_every=every, **plain)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:  # only losses count, not times
+        ours, theirs = [pool.submit(run, args.text, **options, **more) for more in ({}, plain)]
+        ours, theirs = ours.result(), theirs.result()
     print(f"{'step':>6} {'ours':>8} {'plain':>8}")
     for (step, our_loss), (_, their_loss) in zip(ours.curves["validation"], theirs.curves["validation"], strict=True):
         print(f"{step:6} {our_loss:8.4f} {their_loss:8.4f}")

@@ -211,6 +211,9 @@ def train(
     test_share: Annotated[float | None, typer.Option(help=f"Of the text. {default('test_share')}")] = None,
     source: Annotated[str | None, typer.Option("--from", help="Folder of a model to go on from.")] = None,
     lora: Annotated[int | None, typer.Option(help="Rank of adapters to train in place of the weights.")] = None,
+    bf16: Annotated[
+        bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; on a GPU that can if omitted.")
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="By torch.compile.")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Of activations: less memory.")] = False,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Divide the model among processes (under torchrun).")] = False,

@@ -207,7 +207,7 @@ def make_arguments(output: Path, settings: Settings) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(settings.warmup * settings.steps),
         max_grad_norm=1.0,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        bf16=on_gpu and torch.cuda.is_bf16_supported() if settings.bf16 is None else settings.bf16,
         use_cpu=not on_gpu and not torch.backends.mps.is_available(),
         torch_compile=settings.compile,
         ddp_find_unused_parameters=False,

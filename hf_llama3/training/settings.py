@@ -34,6 +34,7 @@ class Settings:
     test_share: float = 0.0  # of the text, at its end; looked at once, when all is done
     source: str | None = None  # folder of a model to go on from, of either format; its shape and tokenizer are taken
     lora: int | None = None  # rank of the adapters to train in place of the model's own weights
+    bf16: bool | None = None  # compute in bfloat16 where that is safe (autocast); None: on a GPU that can
     compile: bool = False  # by torch.compile
     checkpointing: bool = False  # of activations: less memory, more time
     fsdp: bool = False  # divide weights, gradients and optimiser state among processes (FSDP2)

@@ -200,6 +200,16 @@ def test_ways_to_compute_the_same(more, text, tmp_path, monkeypatch):
         assert [loss for _, loss in other.curves[name]] == pytest.approx([loss for _, loss in points], rel=1e-4), name
 
 
+def test_in_bfloat16(text, tmp_path):
+    """Losses keep the first two digits, and are not float32's."""
+    plain, other = [
+        train(text, tmp_path / str(bf16), make_settings(**vars(SMALL) | {"dropout": 0.0, "steps": 4, "bf16": bf16}))
+        for bf16 in (False, True)
+    ]
+    theirs, ours = [[loss for _, loss in report.curves["training"]] for report in (plain, other)]
+    assert ours == pytest.approx(theirs, rel=1e-2) and ours != pytest.approx(theirs, rel=1e-5)
+
+
 @pytest.mark.parametrize("form", ["hf", "meta", "trained here"])
 def test_going_on_from(form, trained, text, tmp_path):
     source = tmp_path / "meta"
