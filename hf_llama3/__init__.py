@@ -18,6 +18,8 @@ _HOMES = {
     "Llama3ForTokenClassification": "modeling_llama3",
     "Llama3ForQuestionAnswering": "modeling_llama3",
     "load_meta": "conversion.load",
+    "optimize": "generation.optimization",
+    "restore": "generation.optimization",
 }
 _SUBPACKAGES = ("conversion", "generation", "model_card", "training")
 

@@ -14,7 +14,7 @@ import typer
 
 from . import __version__
 from .errors import UserError
-from .generation.defaults import DTYPES, MAX_NEW_TOKENS
+from .generation.defaults import DTYPES, MAX_NEW_TOKENS, QUANTIZATIONS
 from .training.settings import PRESETS, Settings, make_settings
 
 app = typer.Typer(
@@ -24,6 +24,15 @@ app = typer.Typer(
 )
 
 SETTINGS = {field.name for field in fields(Settings)}
+ModelArgument = Annotated[str, typer.Argument(help="Folder of either format, or a name on the Hub.")]
+DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
+QuantizeOption = Annotated[str | None, typer.Option(help=f"Weights of {' or '.join(QUANTIZATIONS)}.")]
+CompileFlag = Annotated[bool, typer.Option("--compile", help="Decode by a compiled step; to compile takes a minute.")]
+RopeOption = Annotated[float | None, typer.Option(help="Of a directory of Meta's, where no file says it.")]
+MaxNewOption = Annotated[int, typer.Option(help="At most, for each prompt.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token each time.")]
+TopPOption = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.")]
+SeedOption = Annotated[int, typer.Option(help="Of the sampling.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 
@@ -246,15 +255,18 @@ def train(
 
 @command("hf-llama3 generate llama-3-8b 'The capital of France is' --max-new-tokens 20")
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder of either format, or a name on the Hub.")],
+    model: ModelArgument,
     prompt: Annotated[str | None, typer.Argument(help="Text to complete.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File with a prompt on each line.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most, for each prompt.")] = MAX_NEW_TOKENS,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "auto",
-    rope_factor: Annotated[float | None, typer.Option(help="Of a directory of Meta's, where no file says it.")] = None,
+    max_new_tokens: MaxNewOption = MAX_NEW_TOKENS,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "auto",
+    rope_factor: RopeOption = None,
+    optimize: Annotated[bool, typer.Option("--optimize", help="Generate faster; --quantize and --compile do.")] = False,
+    quantize: QuantizeOption = None,
+    compile: CompileFlag = False,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.")] = None,
     as_json: JsonFlag = False,
 ):
@@ -264,13 +276,71 @@ def generate(
     from .generation import generate_text, load_model
 
     texts = [prompt] if prompts is None else read_lines(prompts)
-    loaded, tokenizer = load_model(model, dtype, rope_factor)
+    loaded, tokenizer = load_model(model, dtype, rope_factor, optimize, quantize, compile, progress=True)
     completions = generate_text(loaded, tokenizer, texts, max_new_tokens, temperature, top_p, seed, stop)
     if as_json:
         print_json([completion.to_dict() for completion in completions])
         return
     for completion in completions:
         print(completion.prompt + completion.text)
+
+
+@command("hf-llama3 chat Meta-Llama-3-8B-Instruct --quantize int8")
+def chat(
+    model: ModelArgument,
+    max_new_tokens: MaxNewOption = MAX_NEW_TOKENS,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = "auto",
+    rope_factor: RopeOption = None,
+    quantize: QuantizeOption = None,
+    compile: CompileFlag = False,
+):
+    """Talk with a model; Ctrl-C stops an answer, Ctrl-D ends."""
+    from .generation import chat, load_model
+
+    loaded, tokenizer = load_model(model, dtype, rope_factor, True, quantize, compile, progress=True)
+    chat(loaded, tokenizer, max_new_tokens, temperature, top_p, seed)
+
+
+@command("hf-llama3 bench llama-3-8b --quantize int8")
+def bench(
+    model: ModelArgument,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="For each prompt.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 1,
+    dtype: DtypeOption = "auto",
+    rope_factor: RopeOption = None,
+    optimize: Annotated[bool, typer.Option(help="As hf_llama3.optimize does.")] = True,
+    quantize: QuantizeOption = None,
+    compile: CompileFlag = False,
+    as_json: JsonFlag = False,
+):
+    """Measure how fast a model generates, beside how fast the memory is read."""
+    from .generation import bench, load_model
+
+    loaded, _ = load_model(model, dtype, rope_factor, optimize, quantize, compile, progress=True)
+    report = bench(loaded, prompt_tokens, new_tokens, batch_size).to_dict()
+    print_json(report) if as_json else print_table(report)
+
+
+@command("hf-llama3 evaluate llama-3-8b --text held-out.txt")
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Option(help="Text in UTF-8.")],
+    context: Annotated[int | None, typer.Option(help="Tokens per window; the model's, but at most 2,048.")] = None,
+    dtype: DtypeOption = "auto",
+    rope_factor: RopeOption = None,
+    quantize: QuantizeOption = None,
+    as_json: JsonFlag = False,
+):
+    """Measure how well a model predicts a text: loss in nats and perplexity, per token."""
+    from .generation import evaluate, load_model
+
+    loaded, tokenizer = load_model(model, dtype, rope_factor, False, quantize)
+    report = evaluate(loaded, tokenizer, text, context, progress=True).to_dict()
+    print_json(report) if as_json else print_table(report)
 
 
 @command("hf-llama3 card runs/shakespeare --license apache-2.0")

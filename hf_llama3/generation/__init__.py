@@ -1,8 +1,17 @@
-"""Text from a model: loading by what lies in a folder, prompts in, completions out."""
+"""Text from a model: loading by what lies in a folder, generating fast, talking, measuring."""
 
 import importlib
 
-_HOMES = {"Completion": "text", "generate_text": "text", "load_model": "text"}
+_HOMES = {
+    "Completion": "text",
+    "generate_text": "text",
+    "load_model": "loading",
+    "optimize": "optimization",
+    "restore": "optimization",
+    "chat": "conversation",
+    "bench": "speed",
+    "evaluate": "evaluation",
+}
 __all__ = [*_HOMES]
 
 

@@ -1,18 +1,16 @@
-"""Prompts in, completions out, in any of the formats that this package knows."""
+"""Prompts in, completions out."""
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import StoppingCriteriaList, StopStringCriteria, set_seed
 
-import hf_llama3  # noqa: F401  (registers the type "llama3")
-from hf_llama3.conversion.load import load_meta, load_meta_tokenizer
-from hf_llama3.conversion.opening import open_checkpoint
 from hf_llama3.errors import UserError
 
-from .defaults import DTYPES, MAX_NEW_TOKENS
+from .defaults import MAX_NEW_TOKENS
+
+PREFILL_CHUNK = 2048  # prompt tokens computed at a time: memory stays within bounds, and matrices are large enough
 
 
 @dataclass
@@ -23,33 +21,6 @@ class Completion:
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-def load_model(name: str, dtype: str = "auto", rope_factor: float | None = None):
-    """Load a model and its tokenizer from a local folder of either format, or else by its name on the Hub.
-
-    Raises:
-        UserError: the folder holds no whole checkpoint or no tokenizer, or the name is unknown.
-    """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype must be one of {DTYPES}, got {dtype!r}")
-    path = Path(name)
-    if path.exists():
-        checkpoint = open_checkpoint(path, rope_factor)  # reads no tensor, and its errors are sentences
-        if checkpoint.tokenizer is None:
-            raise UserError(f"{checkpoint.path} holds no tokenizer, without which there is no text; add its files")
-        if checkpoint.format == "meta":
-            model = load_meta(path, rope_factor=rope_factor, dtype=dtype)
-            return model.eval(), load_meta_tokenizer(path, rope_factor=rope_factor)
-        name = str(checkpoint.path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise UserError(f"the tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]}") from error
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval(), tokenizer
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def generate_text(
@@ -72,10 +43,7 @@ def generate_text(
     Raises:
         UserError: a number out of its range, or a prompt and the new tokens do not fit the context window.
     """
-    check_range("--max-new-tokens", max_new_tokens, 1, math.inf)
-    check_range("--temperature", temperature, 0, 100)
-    check_range("--top-p", top_p, 1e-6, 1)
-    check_range("--seed", seed, 0, 2**32 - 1)
+    check_sampling(max_new_tokens, temperature, top_p, seed)
     if not prompts:
         raise UserError("there must be at least one prompt, got none")
     texts, is_chat = prompts, tokenizer.chat_template is not None
@@ -84,36 +52,79 @@ def generate_text(
         texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     rows = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
 
-    window, longest = model.config.max_position_embeddings, max(map(len, rows))
-    if longest + max_new_tokens > window:
-        raise UserError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones must fit the model's context of {window}; "
-            "shorten the prompt or lower --max-new-tokens"
-        )
-    if not longest:
-        raise UserError("a prompt must have at least one token, got none; write some text")
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else 0
-    inputs = pad_left(rows, padding, model.device)
+    longest = max(map(len, rows))
+    check_lengths(model, longest, max_new_tokens)
+    options = generation_options(model, tokenizer, temperature, top_p)
+    padding = options["pad_token_id"]
     set_seed(seed)
-    sampling = {"do_sample": False}
-    if temperature:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     with torch.inference_mode():
         output = model.generate(
-            **inputs,
+            **pad_left(rows, padding, model.device),
             max_new_tokens=max_new_tokens,
-            pad_token_id=padding,
-            tokenizer=tokenizer,
-            stop_strings=stop or None,
-            **sampling,
+            stopping_criteria=stop_at(tokenizer, stop),
+            prefill_chunk_size=PREFILL_CHUNK if longest > PREFILL_CHUNK else None,
+            **options,
         )
+    stops = stop_tokens(model)
     completions = []
     for prompt, row in zip(prompts, output[:, longest:].tolist(), strict=True):
         ids = until_stop(row, stops, padding)
         completions.append(Completion(prompt, tokenizer.decode(ids, skip_special_tokens=True), ids))
     return completions
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int):
+    check_range("--max-new-tokens", max_new_tokens, 1, math.inf)
+    check_range("--temperature", temperature, 0, 100)
+    check_range("--top-p", top_p, 1e-6, 1)
+    check_range("--seed", seed, 0, 2**32 - 1)
+
+
+def check_lengths(model, prompt_tokens: int, new_tokens: int):
+    """Refuse, before any work, a prompt that is empty or has no room in the model's context.
+
+    Raises:
+        UserError: it has none.
+    """
+    window = model.config.max_position_embeddings
+    if prompt_tokens + new_tokens > window:
+        raise UserError(
+            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones must fit the model's context of {window}; "
+            "shorten the prompt or lower --max-new-tokens"
+        )
+    if not prompt_tokens:
+        raise UserError("a prompt must have at least one token, got none; write some text")
+
+
+def generation_options(model, tokenizer, temperature: float, top_p: float) -> dict:
+    """Return what `model.generate` is told about sampling and padding; temperature 0 takes the likeliest token."""
+    stops = stop_tokens(model)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else 0
+    if not temperature:
+        return {"pad_token_id": padding, "do_sample": False}
+    return {"pad_token_id": padding, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+
+def stop_at(tokenizer, texts: list[str] | None) -> StoppingCriteriaList:
+    """Return what stops a row at any of some texts.
+
+    Raises:
+        UserError: the library cannot tell what the tokenizer's tokens spell.
+    """
+    if not texts:
+        return StoppingCriteriaList()
+    try:
+        return StoppingCriteriaList([StopStringCriteria(tokenizer, texts)])
+    except ValueError as error:  # it looks for Latin letters in what it decodes
+        kind = type(tokenizer).__name__
+        raise UserError(
+            f"--stop needs a tokenizer that spells Latin letters, got {kind} without; leave it out"
+        ) from error
+
+
+def stop_tokens(model) -> list[int]:
+    stops = model.generation_config.eos_token_id
+    return stops if isinstance(stops, list) else [stops] if stops is not None else []
 
 
 def check_range(name: str, value: float, smallest: float, largest: float):

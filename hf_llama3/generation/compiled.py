@@ -1,0 +1,50 @@
+"""A compiled decoding step over a static cache, by the library's own switches, that is compiled once and stays."""
+
+import functools
+import inspect
+
+import torch
+from tqdm import tqdm
+from transformers import CompileConfig, PreTrainedModel
+
+SMALLEST_CACHE = 256  # tokens; a longer one has twice or four times as many, and so on
+ELSEWISE = ("assistant_model", "prompt_lookup_num_tokens", "past_key_values", "cache_implementation", "use_cache")
+METHODS = ("generate", "_prepare_static_cache")  # that stand on the model itself
+
+
+def compile_decoding(model: PreTrainedModel, progress: bool = False):
+    """Let `model.generate` decode by a compiled step, and compile it for one row and for several.
+
+    Lengths and numbers of rows are symbols to the compiled code, but for one row, which is compiled apart; so nothing
+    is compiled again when prompts or batches change. What cannot be decoded over a static cache (drafts by an assistant
+    or from the prompt) is decoded as ever, and so is what brings a cache of its own.
+    """
+    on_gpu = model.device.type == "cuda"
+    config = CompileConfig(fullgraph=True, dynamic=not on_gpu, mode="reduce-overhead" if on_gpu else "default")
+    config._compile_all_devices = True
+    if (
+        "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    ):  # torch 2.13: each model has a limit of its own
+        config.isolate_recompiles = True
+    model.generate = functools.partial(generate, model, config)
+    model._prepare_static_cache = functools.partial(prepare_static_cache, model)
+    for rows in tqdm((1, 2), desc="compiling", disable=not progress):
+        prompt = torch.zeros(rows, 4, dtype=torch.long, device=model.device)
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=3, max_new_tokens=3)
+
+
+def generate(model: PreTrainedModel, config: CompileConfig, *args, **kwargs):
+    """Stand for `model.generate`, with a static cache and a compiled step unless the caller asks for something else."""
+    wanted = vars(kwargs.get("generation_config") or model.generation_config) | kwargs
+    if all(wanted.get(name) in (None, True) for name in ELSEWISE):
+        kwargs |= {"cache_implementation": "static", "compile_config": config}
+    return type(model).generate(model, *args, **kwargs)
+
+
+def prepare_static_cache(model: PreTrainedModel, *args, max_cache_len: int, **kwargs):
+    """Stand for the library's method: sizes go by doubling, and one long text does not make all later caches long."""
+    size = SMALLEST_CACHE
+    while size < max_cache_len:
+        size *= 2
+    model._previous_max_cache_length = -1
+    return type(model)._prepare_static_cache(model, *args, max_cache_len=size, **kwargs)

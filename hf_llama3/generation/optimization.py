@@ -1,0 +1,178 @@
+"""Let `model.generate` run at the speed of the memory: the same model object, numbers and names, executed otherwise."""
+
+import functools
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_llama3.errors import UserError
+
+from .compiled import METHODS, compile_decoding
+from .defaults import QUANTIZATIONS
+from .kernels import DenseKernel, Int4Kernel, Int8Kernel, can_pack
+from .packed import PackedLinear, pack, unpack
+
+REFUSED = ("train", "_apply", "load_state_dict")  # methods that would change the weights or lead to it
+NO_PLAIN_WEIGHTS = ("state_dict", "save_pretrained", "push_to_hub")  # refused where the weights are quantised
+
+
+@dataclass
+class Optimization:
+    """What was done to a model, kept on it."""
+
+    quantize: str | None
+    compile: bool
+    trainable: list[str]  # parameters that required gradients
+
+
+def optimize(
+    model: PreTrainedModel, quantize: str | None = None, compile: bool = False, progress: bool = False
+) -> PreTrainedModel:
+    """Return the same model, ready to generate fast and not to be changed until `restore`.
+
+    On a CPU every linear layer multiplies by its weight in oneDNN's order, which takes the plain one's place. Outputs
+    stay within the rounding of sums in another order. Any transformers model will do.
+
+    Args:
+        quantize: weights of "int8", or of "int4" (the head of int8); outputs change, and only loading brings back
+            what they were.
+        compile: decode over a static cache by a compiled step; to compile it takes a minute or so, here and now.
+        progress: show on standard error how far that is.
+
+    Raises:
+        UserError: the model has adapters, lies on several devices or is quantised already.
+    """
+    check(model, quantize)
+    done = model.__dict__.get("optimization")
+    if done and (done.quantize, done.compile) == (quantize, compile):
+        return model
+    if done:
+        restore(model)
+    model.eval()
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    pack_linears(model, quantize)
+    model.optimization = Optimization(quantize, compile, trainable)
+    refuse_changes(model)
+    if compile:
+        compile_decoding(model, progress)
+    return model
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the same model with its plain modules and weights, to the bit; one that is not optimised is left alone.
+
+    Raises:
+        UserError: the weights are quantised, and what they were is gone.
+    """
+    done = model.__dict__.get("optimization")
+    if done is None:
+        return model
+    if done.quantize:
+        raise UserError(f"a model quantised to {done.quantize} cannot be restored; load {origin(model)} again")
+    for module in model.modules():
+        for name in (*REFUSED, *NO_PLAIN_WEIGHTS, *METHODS):
+            module.__dict__.pop(name, None)
+        if isinstance(module, PackedLinear):
+            unpack(module)
+    parameters = dict(model.named_parameters())
+    for name in done.trainable:
+        parameters[name].requires_grad_(True)
+    del model.optimization
+    return model
+
+
+def check(model: PreTrainedModel, quantize: str | None):
+    """Refuse what cannot be optimised, before anything is changed."""
+    if quantize not in (None, *QUANTIZATIONS):
+        raise UserError(f"`quantize` must be one of {QUANTIZATIONS} or None, got {quantize!r}")
+    if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+        kind = type(model).__name__
+        if hasattr(model, "peft_config"):
+            raise UserError(f"adapters must be merged first, got a {kind} with them; call merge_and_unload()")
+        raise UserError(f"`model` must be a transformers model, got {kind}; load one with from_pretrained")
+    done = model.__dict__.get("optimization")
+    if done and done.quantize and done.quantize != quantize:
+        raise UserError(
+            f"a model quantised to {done.quantize} cannot become {quantize or 'plain'}; load {origin(model)} again"
+        )
+    if getattr(model, "is_quantized", False):
+        raise UserError("the weights must be plain, got a model that is quantised already; load it without that")
+    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
+    devices = devices if len(devices) > 1 or "disk" in devices else []
+    if devices or any(parameter.device.type == "meta" for parameter in model.parameters()):
+        where = " and ".join(devices) or "nowhere (meta)"
+        raise UserError(f"all weights must lie on one device, got {where}; load the model without offload")
+
+
+def pack_linears(model: PreTrainedModel, quantize: str | None):
+    """Hand the weight of every linear layer to a kernel, one after another."""
+    holders = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    head = model.get_output_embeddings()
+    skipped = Counter()
+    for module in [module for module in model.modules() if type(module) is nn.Linear]:
+        kernel = choose_kernel(module.weight, "int8" if quantize == "int4" and module is head else quantize)
+        if kernel is None:
+            skipped[f"{module.weight.dtype} on {module.weight.device.type}".removeprefix("torch.")] += 1
+        else:
+            pack(module, kernel(module.weight), keeps_weight=holders[id(module.weight)] > 1)
+    if skipped:
+        which = ", ".join(f"{count} of {kind}" for kind, count in skipped.items())
+        warnings.warn(f"linear layers that have no faster kernel here were left as they are: {which}", stacklevel=3)
+
+
+def choose_kernel(weight: torch.Tensor, quantize: str | None):
+    """Return the class of the kernel for a weight, or None where there is none."""
+    if weight.device.type != "cpu" or not can_pack(weight.dtype):
+        return None
+    if quantize == "int4" and Int4Kernel.takes(weight):
+        return Int4Kernel
+    return Int8Kernel if quantize else DenseKernel
+
+
+def refuse_changes(model: PreTrainedModel):
+    """Put refusals over the methods by which a model is changed, or saved as what it no longer is."""
+    for module in model.modules():
+        for name in REFUSED:
+            setattr(module, name, functools.partial(globals()[f"refuse_{name.strip('_')}"], module))
+    if model.optimization.quantize:
+        for name in NO_PLAIN_WEIGHTS:
+            setattr(model, name, functools.partial(refuse_saving, model))
+
+
+def refuse_train(module: nn.Module, mode: bool = True) -> nn.Module:
+    if mode:
+        raise UserError("an optimised model cannot be trained; call hf_llama3.restore(model) first")
+    return type(module).train(module, False)
+
+
+def refuse_apply(module: nn.Module, function, recurse: bool = True) -> nn.Module:
+    """Stand for `Module._apply`, by which `.to()`, `.half()` and the like work; what changes nothing is let through."""
+    for parameter in module.parameters():
+        probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        changed = function(probe)
+        if (changed.dtype, changed.device) != (probe.dtype, probe.device):
+            raise UserError(
+                f"an optimised model must stay {probe.dtype} on {probe.device}, got {changed.dtype} on "
+                f"{changed.device}; call hf_llama3.restore(model) first"
+            )
+        break
+    return module
+
+
+def refuse_load_state_dict(module: nn.Module, *args, **kwargs):
+    raise UserError("an optimised model cannot take other weights; call hf_llama3.restore(model) first")
+
+
+def refuse_saving(model: PreTrainedModel, *args, **kwargs):
+    kind = model.optimization.quantize
+    raise UserError(f"a model quantised to {kind} has no plain weights to save; copy {origin(model)} instead")
+
+
+def origin(model: PreTrainedModel) -> str:
+    """Say where the model was loaded from."""
+    return model.name_or_path or "what it was loaded from"

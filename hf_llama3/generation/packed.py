@@ -1,0 +1,104 @@
+"""Linear layers whose weight lies in a kernel's own order, and the parameter that stands for it meanwhile."""
+
+import itertools
+import weakref
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from hf_llama3.errors import UserError
+
+KERNELS = weakref.WeakValueDictionary()  # number -> kernel, as compiled code knows it
+NUMBERS = itertools.count()
+CHANGED = "the weights of an optimised model must stay as they are; call hf_llama3.restore before they are changed"
+
+
+class PackedWeight(torch.Tensor):
+    """Stand for a weight that a kernel holds: to read it gives the plain values, to write to it is refused."""
+
+    @staticmethod
+    def __new__(cls, kernel):
+        return torch.Tensor._make_wrapper_subclass(cls, kernel.shape, dtype=kernel.dtype, device="cpu")
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].kernel)
+        if function._schema.is_mutable and isinstance(args[0], cls):
+            raise UserError(CHANGED)
+        args, kwargs = tree_map_only(cls, lambda weight: weight.to_plain(), (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def to_plain(self) -> torch.Tensor:
+        if not self.kernel.is_exact:
+            raise UserError("a quantised weight cannot be read, for it is not the model's; load the model again")
+        return self.kernel.to_dense()
+
+    def __deepcopy__(self, memo):
+        return nn.Parameter(PackedWeight(self.kernel), requires_grad=False)
+
+    def __repr__(self, **kwargs):
+        return f"PackedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+class PackedLinear(nn.Linear):
+    """An `nn.Linear` that multiplies by its kernel; modules become one, and again what they were, in place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.hf_llama3.packed_linear(x, self.bias, self.number, self.out_features)
+        if self.version is not None and self.weight._version != self.version:
+            raise UserError(CHANGED)
+        return self.kernel(x, self.bias)
+
+    def __setattr__(self, name, value):
+        if name == "weight":
+            raise UserError(CHANGED)
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self.version is not None:
+            self.version = self.weight._version  # a copy's count starts again
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self.weight, PackedWeight):
+            destination[prefix + "weight"] = self.weight.to_plain()
+
+
+def pack(linear: nn.Linear, kernel, keeps_weight: bool):
+    """Let a module multiply by a kernel of its weight; `keeps_weight` where another module has the same parameter."""
+    linear.kernel, linear.number, linear.version = kernel, next(NUMBERS), None
+    KERNELS[linear.number] = kernel
+    if not keeps_weight:
+        linear.weight = nn.Parameter(PackedWeight(kernel), requires_grad=False)
+    elif not linear.weight.is_inference():
+        linear.version = linear.weight._version
+    linear.__class__ = PackedLinear
+
+
+def unpack(linear: PackedLinear):
+    """Undo `pack`."""
+    linear.__class__ = nn.Linear
+    if isinstance(linear.weight, PackedWeight):
+        linear.weight = nn.Parameter(linear.weight.to_plain(), requires_grad=False)
+    del linear.kernel, linear.number, linear.version
+
+
+LIBRARY = torch.library.Library("hf_llama3", "DEF")
+LIBRARY.define("packed_linear(Tensor x, Tensor? bias, int number, int out_features) -> Tensor")
+
+
+@torch.library.impl(LIBRARY, "packed_linear", "CPU")
+def multiply(x, bias, number, out_features):
+    return KERNELS[number](x, bias)
+
+
+@torch.library.impl(LIBRARY, "packed_linear", "Meta")
+def describe(x, bias, number, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)

@@ -1,0 +1,120 @@
+"""How fast a model generates, beside how fast this machine reads memory."""
+
+import itertools
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from hf_llama3.errors import UserError
+
+from .text import check_range
+
+READ_BYTES = 2**29  # read to measure the memory's speed
+ROUNDS = 3
+
+
+@dataclass
+class Bench:
+    """Say how fast a model generates; times are medians."""
+
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int
+    threads: int
+    device: str
+    weight_gigabytes: float  # read for every token
+    prefill_tokens_per_second: float
+    milliseconds_per_token: float  # of one step, whatever the batch
+    tokens_per_second: float  # of all rows
+    read_gigabytes_per_second: float  # that the memory gives
+    share_of_read: float  # of that speed, that reading the weights at each step comes to
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def bench(model, prompt_tokens: int = 64, new_tokens: int = 32, batch_size: int = 1) -> Bench:
+    """Measure `model.generate` on random prompts, greedily.
+
+    Raises:
+        UserError: the tokens do not fit the model's context, or a number is out of its range.
+    """
+    window = model.config.max_position_embeddings
+    check_range("--prompt-tokens", prompt_tokens, 1, window)
+    check_range("--new-tokens", new_tokens, 2, window)
+    check_range("--batch-size", batch_size, 1, 4096)
+    if prompt_tokens + new_tokens > window:
+        raise UserError(
+            f"--prompt-tokens and --new-tokens must fit the model's context of {window}, got {prompt_tokens} and "
+            f"{new_tokens}; lower one"
+        )
+    prefills, steps, read = [], [], measure_read_speed(model.device)
+    for _ in range(ROUNDS):
+        prefill, between = time_generation(model, prompt_tokens, new_tokens, batch_size)
+        prefills.append(prefill)
+        steps += between
+    step, weight = statistics.median(steps), weight_bytes(model)
+    return Bench(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name() if model.device.type == "cuda" else platform.processor() or "cpu",
+        weight_gigabytes=round(weight / 1e9, 3),
+        prefill_tokens_per_second=round(batch_size * prompt_tokens / statistics.median(prefills), 1),
+        milliseconds_per_token=round(step * 1e3, 2),
+        tokens_per_second=round(batch_size / step, 1),
+        read_gigabytes_per_second=round(read / 1e9, 1),
+        share_of_read=round(weight / step / read, 3),
+    )
+
+
+def time_generation(model, prompt_tokens: int, new_tokens: int, batch_size: int = 1) -> tuple[float, list[float]]:
+    """Return the seconds until the first new token and those between each and the next."""
+    clock = Clock()
+    prompt = torch.randint(model.config.vocab_size, (batch_size, prompt_tokens), device=model.device)
+    how = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    started = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), stopping_criteria=StoppingCriteriaList([clock]), **how
+        )
+    return clock.times[0] - started, [after - before for before, after in itertools.pairwise(clock.times)]
+
+
+class Clock(StoppingCriteria):
+    """Note when each token was there; it stops nothing."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def weight_bytes(model) -> int:
+    """Return how many bytes of linear weights a step reads, as they lie in memory now."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            kernel = getattr(module, "kernel", None)
+            total += kernel.num_bytes if kernel is not None else module.weight.numel() * module.weight.element_size()
+    return total
+
+
+def measure_read_speed(device) -> float:
+    """Return bytes per second, the best of some readings of more than a processor's caches hold."""
+    numbers = torch.ones(READ_BYTES // 8, dtype=torch.int64, device=device)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        numbers.sum().item()
+        best = min(best, time.perf_counter() - started)
+    return READ_BYTES / best

@@ -1,0 +1,88 @@
+"""`optimize(compile=True)`: the tokens of the plain model, compiled once."""
+
+import pytest
+import torch
+from small import CLASSES, make_model, prompts
+from torch._dynamo.utils import counters
+
+import hf_llama3
+from hf_llama3.generation.compiled import prepare_static_cache
+
+SHAPES = [(1, 7), (2, 9), (1, 30), (4, 50), (3, 300)]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    torch._dynamo.reset()
+    return hf_llama3.optimize(make_model(), compile=True)
+
+
+def test_tokens_without_compiling_again(compiled):
+    """One row and several were compiled by `optimize`; lengths, caches and numbers of rows are symbols."""
+    plain, graphs = make_model(), counters["stats"]["unique_graphs"]
+    assert graphs == 2
+    for rows, length in SHAPES:
+        how = {"input_ids": prompts(rows, length), "max_new_tokens": 12, "do_sample": False}
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            ours = compiled.generate(**how)
+        assert torch.equal(ours, plain.generate(**how)), (rows, length)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_the_step_is_compiled(compiled):
+    """All but the prompt's pass goes through the operator that compiled code calls."""
+    with torch.profiler.profile() as profile:
+        compiled.generate(prompts(), max_new_tokens=12, do_sample=False)
+    assert sum(event.name == "hf_llama3::packed_linear" for event in profile.events()) == 11 * 15
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": make_model(num_hidden_layers=1)},
+        {"cache_implementation": "dynamic"},
+        {"use_cache": False},
+        {"num_beams": 2},
+        {"do_sample": True},
+    ],
+    ids=lambda how: next(iter(how)),
+)
+def test_other_ways_to_generate(how, compiled):
+    ids = prompts(1, 6).repeat(1, 3)
+    outputs = []
+    for model in (compiled, make_model()):
+        torch.manual_seed(0)
+        outputs.append(model.generate(ids, **{"max_new_tokens": 10, "do_sample": False} | how))
+    assert torch.equal(*outputs)
+
+
+def test_caches_double(compiled):
+    sizes = []
+    for length in (10, 256, 257, 20):
+        cache = prepare_static_cache(
+            compiled, "static", batch_size=1, max_cache_len=length, prefill_chunk_size=None, model_kwargs={}
+        )
+        sizes.append(cache.layers[0].max_cache_len)
+    assert sizes == [256, 256, 512, 256]
+
+
+def test_restored(compiled):
+    model = hf_llama3.optimize(make_model(), compile=True)
+    hf_llama3.restore(model)
+    assert not {"generate", "_prepare_static_cache", "train"} & vars(model).keys()
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantized(quantize):
+    how = {"input_ids": prompts(), "max_new_tokens": 12, "do_sample": False}
+    theirs = hf_llama3.optimize(make_model(), quantize=quantize).generate(**how)
+    ours = hf_llama3.optimize(make_model(), quantize=quantize, compile=True).generate(**how)
+    assert torch.equal(ours, theirs)
+
+
+def test_upstream():
+    how = {"input_ids": prompts(), "max_new_tokens": 12, "do_sample": False}
+    assert "upstream" in CLASSES
+    theirs = make_model("upstream").generate(**how)
+    assert torch.equal(hf_llama3.optimize(make_model("upstream"), compile=True).generate(**how), theirs)

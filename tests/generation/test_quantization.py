@@ -1,0 +1,101 @@
+"""Weights of 8 and 4 bits: how far from the plain ones, and what is refused."""
+
+import pytest
+import torch
+from small import CLASSES, logits, make_model, prompts
+from torch import nn
+
+import hf_llama3
+from hf_llama3.errors import UserError
+from hf_llama3.generation import kernels
+from hf_llama3.generation.kernels import DenseKernel, Int4Kernel, Int8Kernel, has_known_int4_order
+from hf_llama3.generation.packed import PackedLinear
+
+# Of a product of normal numbers: a rounding step over the root of 12, where the largest number of a scale is 3 or so
+ERRORS = {DenseKernel: 1e-6, Int8Kernel: 0.013, Int4Kernel: 0.09}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 3), (40,), (0,)], ids=str)
+@pytest.mark.parametrize("kernel", ERRORS)
+def test_products(kernel, rows, dtype):
+    torch.manual_seed(0)
+    weight, x, bias = torch.randn(192, 256).to(dtype), torch.randn(*rows, 256).to(dtype), torch.randn(192).to(dtype)
+    weight[7] *= 100  # each output feature has a scale of its own
+    x[..., 1:, :] *= 100  # and so has each row
+    theirs, ours = nn.functional.linear(x.double(), weight.double()), kernel(weight)
+    usual = x.double().norm(dim=-1, keepdim=True) * weight.double().norm(dim=-1) / 16  # size of a product
+    bound = ERRORS[kernel] + (4e-3 if dtype is torch.bfloat16 else 0)
+    for made, expected in ((ours(x), theirs), (ours(x, bias), theirs + bias)):
+        assert made.shape == expected.shape and made.dtype is dtype
+        errors = (made.double() - expected) / usual
+        assert (errors.square().mean(-1).sqrt() <= bound).all() and (errors.abs() < 6 * bound).all()
+
+
+def test_zeros():
+    for kernel in (Int8Kernel, Int4Kernel):
+        weight = torch.randn(64, 64)
+        weight[3] = 0
+        y = kernel(weight)(torch.cat([torch.zeros(1, 64), torch.randn(1, 64)]))
+        assert torch.isfinite(y).all() and y[0].abs().max() == 0 and y[1, 3] == 0
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (192, 256), (8256, 64)], ids=str)
+def test_int4_for_few_rows_and_for_many(shape, monkeypatch):
+    """Both routes multiply by the same weight; the second adds in another order."""
+    kernel = Int4Kernel(torch.randn(shape))
+    assert has_known_int4_order()
+    spelled_out = torch.cat([kernel.spell_out(i, i + 4096) for i in range(0, shape[0], 4096)], 1)
+    assert torch.equal(kernel(torch.eye(shape[1])[:8]), spelled_out[:8].float())
+    x = torch.randn(40, shape[1]).bfloat16()
+    many = kernel(x)
+    monkeypatch.setattr(kernels, "has_known_int4_order", lambda: False)
+    torch.testing.assert_close(many, kernel(x), rtol=0, atol=0.01 * float(many.abs().max()))
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_model(kind, quantize):
+    model = make_model(kind, dtype=torch.bfloat16)
+    theirs = logits(model)
+    hf_llama3.optimize(model, quantize=quantize)
+    kinds = {type(module.kernel) for module in model.modules() if type(module) is PackedLinear}
+    assert kinds == ({Int8Kernel} if quantize == "int8" else {Int8Kernel, Int4Kernel})
+    assert type(model.lm_head.kernel) is Int8Kernel and sum(type(m) is nn.Linear for m in model.modules()) == 0
+    ours = logits(model)
+    bound = {"int8": 0.05, "int4": 0.35}[quantize]
+    assert 1e-3 < (ours - theirs).norm() / theirs.norm() < bound
+    tokens = model.generate(prompts(), max_new_tokens=10, do_sample=False)
+    alone = model.generate(prompts()[:1], max_new_tokens=10, do_sample=False)
+    assert torch.equal(tokens[:1], alone)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_weights_are_gone(quantize, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    model = hf_llama3.Llama3ForCausalLM.from_pretrained(tmp_path / "model")
+    hf_llama3.optimize(model, quantize=quantize)
+    for act in (
+        lambda: model.save_pretrained(tmp_path / "saved"),
+        lambda: model.push_to_hub("somebody/model"),
+        lambda: model.state_dict(),
+    ):
+        with pytest.raises(
+            UserError, match=f"quantised to {quantize} has no plain weights to save; copy .*model instead"
+        ):
+            act()
+    with pytest.raises(UserError, match=f"quantised to {quantize} cannot be restored; load .*model again"):
+        hf_llama3.restore(model)
+    with pytest.raises(UserError, match="a quantised weight cannot be read"):
+        model.model.layers[0].mlp.up_proj.weight + 0
+    with pytest.raises(UserError, match="an optimised model cannot be trained"):
+        model.train()
+    assert not (tmp_path / "saved").exists()
+    assert model.num_parameters() == hf_llama3.Llama3ForCausalLM.from_pretrained(tmp_path / "model").num_parameters()
+
+
+def test_shapes_that_int4_does_not_take():
+    """80 rows are not a multiple of 64: such layers get 8 bits."""
+    model = hf_llama3.optimize(make_model(num_attention_heads=5, num_key_value_heads=5, head_dim=16), quantize="int4")
+    assert type(model.model.layers[0].self_attn.q_proj.kernel) is Int8Kernel
+    assert torch.isfinite(logits(model)).all()
