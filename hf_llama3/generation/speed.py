@@ -73,11 +73,13 @@ def bench(model, prompt_tokens: int = 64, new_tokens: int = 32, batch_size: int 
     )
 
 
-def time_generation(model, prompt_tokens: int, new_tokens: int, batch_size: int = 1) -> tuple[float, list[float]]:
+def time_generation(
+    model, prompt_tokens: int, new_tokens: int, batch_size: int = 1, **options
+) -> tuple[float, list[float]]:
     """Return the seconds until the first new token and those between each and the next."""
     clock = Clock()
     prompt = torch.randint(model.config.vocab_size, (batch_size, prompt_tokens), device=model.device)
-    how = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    how = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0} | options
     started = time.perf_counter()
     with torch.inference_mode():
         model.generate(

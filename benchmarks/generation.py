@@ -1,0 +1,319 @@
+"""Generation against upstream and llama.cpp, every contender in a process of its own, in one interleaved run.
+
+    pip install llama-cpp-python gguf   # for llama.cpp; without them it is left out
+    OMP_NUM_THREADS=1 python benchmarks/generation.py --layers 4
+    OMP_NUM_THREADS=1 python benchmarks/generation.py --layers 16 --contexts 64 2048 8192 --batches 1 4 16
+    OMP_NUM_THREADS=1 python benchmarks/generation.py kernels
+
+Random bfloat16 weights of the 1B geometry are written once, as a Hugging Face folder and as GGUF files. Then all
+contenders start (one after another, and the time to the first token from a cold process is taken), and are asked in
+turn, round after round. A step's share is what reading its weights once comes to of the speed at which this machine
+reads memory. Medians; ratios come last. `kernels` times matrix products alone, at the batches.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+GEOMETRY = {
+    **{"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32},
+    **{"num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 16384, "rms_norm_eps": 1e-5},
+    **{"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "tie_word_embeddings": True},
+    **{"bos_token_id": 128000, "eos_token_id": None, "pad_token_id": 0},
+}
+CONTENDERS = {
+    "upstream": {},
+    "upstream, static and compiled": {"stock": True},
+    "ours, plain": {},
+    "ours, optimize": {"optimize": {}},
+    "ours, compile": {"optimize": {"compile": True}},
+    "ours, int8": {"optimize": {"quantize": "int8"}},
+    "ours, int8, compile": {"optimize": {"quantize": "int8", "compile": True}},
+    "ours, int4": {"optimize": {"quantize": "int4"}},
+    "ours, int4, compile": {"optimize": {"quantize": "int4", "compile": True}},
+    "llama.cpp bf16": {"gguf": "BF16"},
+    "llama.cpp q8_0": {"gguf": "Q8_0"},
+    "llama.cpp q4_0": {"gguf": "Q4_0"},
+}
+RATIOS = [
+    ("ours, optimize", "upstream"),
+    ("ours, optimize", "llama.cpp bf16"),
+    ("ours, compile", "llama.cpp bf16"),
+    ("ours, int8", "llama.cpp q8_0"),
+    ("ours, int8, compile", "llama.cpp q8_0"),
+    ("ours, int4", "llama.cpp q4_0"),
+    ("ours, int4, compile", "llama.cpp q4_0"),
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=["generate", "kernels", "serve"], default="generate")
+    parser.add_argument("--layers", type=int, default=4, help="of the 1B geometry's 16")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[64], help="prompt tokens before the steps")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of the prefill that is timed")
+    parser.add_argument("--steps", type=int, default=16, help="tokens a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), help="names of contenders")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where there is room")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part == "serve":
+        serve(args.serve, args.folder)
+    elif args.part == "kernels":
+        time_kernels(args)
+    else:
+        with tempfile.TemporaryDirectory(dir=args.folder, prefix="generation-benchmark-") as folder:
+            compare(args, Path(folder))
+
+
+def compare(args, folder: Path):
+    from hf_llama3.generation.speed import measure_read_speed
+
+    write_models(folder, args.layers)
+    names = [name for name in args.only if (folder / source(name)).exists()]
+    workers = {name: Worker(name, folder) for name in names}
+    questions = [(1, args.prefill, 2)] + [(batch, size, args.steps) for batch in args.batches for size in args.contexts]
+    answers = {question: {name: [] for name in names} for question in questions}
+    reads = []
+    for number in range(args.rounds):
+        for question in questions:
+            reads.append(measure_read_speed("cpu"))
+            for name, worker in workers.items():
+                if question[0] > 1 and name.startswith("llama.cpp"):
+                    continue  # its Python binding evaluates one sequence
+                print(f"round {number + 1} of {args.rounds}: {question} {name}", file=sys.stderr)
+                answers[question][name].append(worker.ask(question))
+    for worker in workers.values():
+        worker.end()
+    report(args, workers, answers, statistics.median(reads))
+
+
+def report(args, workers, answers, read: float):
+    threads = torch.get_num_threads()
+    print(f"\n1B geometry, {args.layers} layers, {threads} thread(s); memory is read at {read / 1e9:.1f} GB/s\n")
+    print("| | Weights, GB | First token from cold, s | Preparing, s | Peak, GB |\n|---|---:|---:|---:|---:|")
+    for name, worker in workers.items():
+        facts = worker.facts
+        weights, preparing, peak = facts["bytes"] / 1e9, facts["preparing"], facts["peak"] / 1e9
+        print(f"| {name} | {weights:.2f} | {worker.first_token:.1f} | {preparing:.1f} | {peak:.1f} |")
+    steps = {}
+    for (batch, size, new), by_name in answers.items():
+        print(f"\n| batch {batch}, after {size} tokens | ms a step | share | prefill, tokens/s |\n|---|---:|---:|---:|")
+        for name, runs in by_name.items():
+            if runs:
+                step = statistics.median(time for run in runs for time in run["steps"])
+                prefill = statistics.median(run["prefill"] for run in runs)
+                steps[name, batch, size, new] = step, prefill
+                share = workers[name].facts["bytes"] / step / read
+                print(f"| {name} | {step * 1e3:.1f} | {share:.2f} | {batch * size / prefill:.0f} |")
+    print()
+    for (batch, size, new), by_name in answers.items():
+        for ours, theirs in RATIOS:
+            if by_name.get(ours) and by_name.get(theirs):
+                mine, its = steps[ours, batch, size, new], steps[theirs, batch, size, new]
+                print(f"batch {batch}, {size} tokens: {ours} / {theirs}: step {mine[0] / its[0]:.2f}, "
+                      f"prefill {mine[1] / its[1]:.2f}")  # fmt: skip
+
+
+def source(name: str) -> str:
+    """Return the file or folder that a contender reads."""
+    return f"{CONTENDERS[name]['gguf']}.gguf" if "gguf" in CONTENDERS[name] else "hf"
+
+
+class Worker:
+    """A contender in a process of its own; `ask` a (batch, prompt tokens, new tokens)."""
+
+    def __init__(self, name: str, folder: Path):
+        print(f"starting {name}", file=sys.stderr)
+        command = [sys.executable, __file__, "serve", "--serve", name, "--folder", str(folder)]
+        started = time.perf_counter()
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.facts = self.read()
+        self.first_token = time.perf_counter() - started
+
+    def read(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        sys.exit("a contender ended early")
+
+    def ask(self, question) -> dict:
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(name: str, folder: Path):
+    """Load a contender, generate a token, say so, and then answer questions."""
+    settings = CONTENDERS[name]
+    contender = LlamaCpp(folder / source(name)) if "gguf" in settings else Transformers(name, folder / "hf", settings)
+    contender.generate(1, 64, 1)
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    print(json.dumps({"bytes": contender.bytes, "preparing": contender.preparing, "peak": peak}), flush=True)
+    contender.generate(1, 64, 4)
+    for line in sys.stdin:
+        prefill, steps = contender.generate(*json.loads(line))
+        print(json.dumps({"prefill": prefill, "steps": steps}), flush=True)
+
+
+class Transformers:
+    def __init__(self, name: str, folder: Path, settings: dict):
+        if name.startswith("upstream"):
+            from transformers import LlamaForCausalLM as model_class
+        else:
+            from hf_llama3 import Llama3ForCausalLM as model_class
+        self.model, started = model_class.from_pretrained(folder, dtype="auto").eval(), time.perf_counter()
+        if "optimize" in settings:
+            from hf_llama3 import optimize
+
+            optimize(self.model, **settings["optimize"])
+        self.preparing = time.perf_counter() - started
+        self.options = {}
+        if settings.get("stock"):
+            from transformers import CompileConfig
+
+            config = CompileConfig(mode="default", dynamic=True)
+            config._compile_all_devices = True
+            self.options = {"cache_implementation": "static", "compile_config": config}
+
+    @property
+    def bytes(self) -> int:
+        from hf_llama3.generation.speed import weight_bytes
+
+        return weight_bytes(self.model)
+
+    def generate(self, batch: int, prompt: int, new: int):
+        from hf_llama3.generation.speed import time_generation
+
+        return time_generation(self.model, prompt, new, batch, **self.options)
+
+
+class LlamaCpp:
+    """Greedy steps through its Python binding, the likeliest token taken by numpy."""
+
+    def __init__(self, path: Path):
+        import llama_cpp
+
+        threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
+        self.llama = llama_cpp.Llama(
+            str(path), n_ctx=16384, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        self.bytes, self.preparing = path.stat().st_size, 0.0
+
+    def generate(self, batch: int, prompt: int, new: int):
+        self.llama.reset()
+        started, times = time.perf_counter(), []
+        tokens = np.random.default_rng(0).integers(3, GEOMETRY["vocab_size"], prompt).tolist()
+        for _ in range(new):
+            self.llama.eval(tokens)
+            tokens = [int(self.llama._scores[-1].argmax())]
+            times.append(time.perf_counter())
+        return times[0] - started, np.diff(times).tolist()
+
+
+def write_models(folder: Path, layers: int):
+    """Write random weights as a Hugging Face folder and, where the package gguf is, in llama.cpp's format."""
+    from hf_llama3 import Llama3Config, Llama3ForCausalLM
+
+    print("writing random weights ...", file=sys.stderr)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Llama3ForCausalLM(Llama3Config(**GEOMETRY, num_hidden_layers=layers, dtype="bfloat16"))
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    model.tie_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            for part in parameter.view(-1).split(2**24):
+                part.copy_(torch.randn(min(2**22, len(part))).repeat(4)[: len(part)] * 0.02)
+            if parameter.ndim == 1:
+                parameter.fill_(1)
+    # upstream's type, which both classes read
+    model.config.model_type, model.config.architectures = "llama", ["LlamaForCausalLM"]
+    model.save_pretrained(folder / "hf")
+    config = json.loads((folder / "hf" / "config.json").read_text()) | {"model_type": "llama"}
+    (folder / "hf" / "config.json").write_text(json.dumps(config))
+    try:
+        import gguf
+    except ImportError:
+        print("llama.cpp is left out: pip install llama-cpp-python gguf", file=sys.stderr)
+        return
+    for kind in ("BF16", "Q8_0", "Q4_0"):
+        write_gguf(gguf, model, layers, folder / f"{kind}.gguf", kind)
+
+
+def write_gguf(gguf, model, layers: int, path: Path, kind: str):
+    """Write a model without a vocabulary; the head of a q4_0 model has q8_0, as that of our int4 has int8."""
+    from hf_llama3.conversion.weights import half_to_interleaved
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(GEOMETRY["max_position_embeddings"])
+    writer.add_embedding_length(GEOMETRY["hidden_size"])
+    writer.add_feed_forward_length(GEOMETRY["intermediate_size"])
+    writer.add_head_count(GEOMETRY["num_attention_heads"])
+    writer.add_head_count_kv(GEOMETRY["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(GEOMETRY["rms_norm_eps"])
+    writer.add_rope_dimension_count(GEOMETRY["head_dim"])
+    writer.add_rope_freq_base(GEOMETRY["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(GEOMETRY["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight = half_to_interleaved(weight, GEOMETRY["head_dim"]).reshape(weight.shape)
+        weight = weight.float().numpy()
+        target = names.get_name(name.removesuffix(".weight")) + ".weight"
+        if weight.ndim == 1:
+            writer.add_tensor(target, weight)
+            continue
+        to = gguf.GGMLQuantizationType["Q8_0" if kind == "Q4_0" and "embd" in target else kind]
+        writer.add_tensor(target, gguf.quantize(weight, to), raw_dtype=to)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def time_kernels(args):
+    """Time a layer's matrices alone, as many copies of them as do not fit a processor's caches."""
+    from hf_llama3.generation.kernels import DenseKernel, Int4Kernel, Int8Kernel
+
+    print(
+        "| rows | " + " | ".join(kernel.__name__ for kernel in (DenseKernel, Int8Kernel, Int4Kernel)) + " | F.linear |"
+    )
+    print("|---:|" + "---:|" * 4)
+    weights = [torch.randn(8192, 2048).bfloat16() for _ in range(12)]
+    contenders = [list(map(kernel, weights)) for kernel in (DenseKernel, Int8Kernel, Int4Kernel)]
+    contenders.append([lambda x, weight=weight: torch.nn.functional.linear(x, weight) for weight in weights])
+    for rows in args.batches:
+        x, cells = torch.randn(rows, 2048).bfloat16(), []
+        for products in contenders:
+            times = []
+            for _ in range(args.rounds + 1):
+                started = time.perf_counter()
+                for product in products:
+                    product(x)
+                times.append((time.perf_counter() - started) / len(products))
+            cells.append(f"{min(times) * 1e3:.2f} ms")
+        print(f"| {rows} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
