@@ -81,7 +81,7 @@ def write_random(folder: Path, config: dict, layout: PthLayout):
     """Write a directory of Meta's: normal weights from one block, which every tensor enters at another place."""
     folder.mkdir()
     generator = np.random.default_rng(0)
-    numbers = generator.standard_normal(2 * BLOCK_BYTES // 2, "f4") * 0.02
+    numbers = generator.standard_normal(BLOCK_BYTES, "f4") * 0.02
     block = (numbers.view("u4") >> 16).astype("<u2").tobytes()  # the upper halves of float32 are bfloat16
     ends = [*layout.offsets[1:], layout.size]
     with open(folder / "consolidated.00.pth", "wb", buffering=0) as out:

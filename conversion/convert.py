@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint
 from .manifest import CHECKLIST, CHECKSUMS, byte_bar, check_sums, format_sums, hash_file
 from .opening import open_checkpoint
 from .plan import DEFAULT_SHARD_SIZE, Plan, PlannedFile, plan_hf, plan_meta
-from .staging import check_target, finish, staging, sync
+from .staging import check_target, finish, staging, sync, write_files
 from .storage import BY_NAME, SourceFile, write_all
 from .verify import VerificationReport, verify_checkpoints
 
@@ -170,8 +170,7 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, pr
             report.notes.append(f"the source's files have the hashes of its {CHECKLIST}")
         same_copies.result()
         small_files = small_files.result()
-    for name in sorted(small_files, key=lambda name: name in LAST):
-        write_small(folder / name, small_files[name])
+    write_files(folder, dict(sorted(small_files.items(), key=lambda entry: entry[0] in LAST)))
     sync(folder)
     if plan.cast is not None:
         report.largest_error = plan.cast.largest_error
@@ -179,9 +178,12 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, pr
         written = open_checkpoint(folder, unfinished=True)
         report.verification = prove(plan, written, folder, progress)
         report.verification.target = report.target
-    report.files = {
-        str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    report.files = {name: path.stat().st_size for name, path in files_in(folder).items()}
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """List the files of a folder and of those in it, by their names in it."""
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def remove_leftovers(plan: Plan, folder: Path):
@@ -241,16 +243,9 @@ def reserve(out, size: int):
         out.truncate(size)  # another system, another file system
 
 
-def write_small(path: Path, content: bytes):
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    finish(partial)
-
-
 def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool) -> VerificationReport:
     """Compare what was written with the source while the hashes of all files are taken; write these down."""
-    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = files_in(folder)
     kinds = {CHECKSUMS: "sha256"} | ({CHECKLIST: "md5"} if plan.to == "meta" else {})
     total = len(kinds) * sum(path.stat().st_size for path in paths.values())
     with ThreadPoolExecutor(len(kinds)) as pool, byte_bar("hashing", total, progress) as bar:
@@ -263,5 +258,5 @@ def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool) -> Veri
             raise UserError(f"{folder} differs from its source in {verification.differences[0]}; please report this")
         for list_name, sums in futures.items():
             content = format_sums({name: future.result() for name, future in sums.items()})
-            write_small(folder / list_name, content)
+            write_files(folder, {list_name: content})
     return verification

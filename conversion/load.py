@@ -13,9 +13,9 @@ from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 from .hf_config import generation_config
 from .opening import open_checkpoint
 from .plan import assemble
+from .staging import write_files
 from .storage import Assembly
-from .tokenizer_files import hf_tokenizer, write_files
-from .weights import sizes
+from .tokenizer_files import hf_tokenizer
 
 
 class LazyTensor:
@@ -48,11 +48,7 @@ def load_meta(path, *, rope_factor: float | None = None, **kwargs) -> Llama3ForC
         raise UserError("load_meta reads configuration and weights from the directory; leave out config and state_dict")
     checkpoint = open_meta_only(path, rope_factor)
     checkpoint.check_copies()
-    size = sizes(checkpoint.config)
-    state_dict = {
-        row.hf: LazyTensor(assemble(checkpoint, row, "hf", 0, row.full_shape(size)[row.split or 0]))
-        for row in checkpoint.own_rows
-    }
+    state_dict = {row.hf: LazyTensor(assemble(checkpoint, row, "hf")) for row in checkpoint.own_rows}
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", "auto")
     dtype = getattr(torch, checkpoint.dtype) if dtype == "auto" else dtype
     config, kwargs = Llama3Config.from_dict(checkpoint.config, return_unused_kwargs=True, dtype=dtype, **kwargs)

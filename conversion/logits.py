@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_llama3 import Llama3Config
-from hf_llama3.rotary import Llama3RotaryEmbedding
+from hf_llama3.rotary import Llama3RotaryEmbedding, rotate
 
 from .checkpoint import Checkpoint
 from .storage import Dtype, row_blocks, to_floats
@@ -34,8 +34,8 @@ def compute_logits(checkpoint: Checkpoint, progress: Callable[[int], None]) -> t
     ids = [(1 + 7919 * index) % config["vocab_size"] for index in range(NUM_TOKENS)]
     positions = torch.linspace(0, config["max_position_embeddings"] - 1, NUM_TOKENS).long()[None]
     rotary = Llama3RotaryEmbedding(Llama3Config.from_dict(config))
-    cos, sin = (table[0] for table in rotary(torch.zeros(()), positions))  # (T, D/2)
-    rotate = rotate_neighbours if checkpoint.format == "meta" else rotate_halves
+    cos, sin = rotary(torch.zeros(()), positions)  # (1, T, D/2)
+    turn = rotate_neighbours if checkpoint.format == "meta" else rotate
 
     def linear(x, row):
         return multiply(x, checkpoint, row, progress)
@@ -45,16 +45,16 @@ def compute_logits(checkpoint: Checkpoint, progress: Callable[[int], None]) -> t
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]) * weight
 
     def heads(x):
-        return x.unflatten(-1, (-1, config["head_dim"])).transpose(0, 1)  # (H or K, T, D)
+        return x.unflatten(-1, (-1, config["head_dim"])).transpose(0, 1)[None]  # (1, H or K, T, D)
 
     embedding, *layers, last_norm, output = checkpoint.rows
     x = look_up(checkpoint, embedding, ids)  # (T, E)
     for start in range(0, len(layers), len(LAYER_TABLE)):
         attention_norm, q, k, v, o, feed_forward_norm, gate, up, down = layers[start : start + len(LAYER_TABLE)]
         h = norm(x, attention_norm)
-        query, key = (rotate(heads(linear(h, row)), cos, sin) for row in (q, k))
+        query, key = (turn(heads(linear(h, row)), cos, sin) for row in (q, k))
         value = heads(linear(h, v))
-        attended = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         x = x + linear(attended[0].transpose(0, 1).flatten(1), o)
         h = norm(x, feed_forward_norm)
         x = x + linear(F.silu(linear(h, gate)) * linear(h, up), down)
@@ -88,11 +88,6 @@ def to_tensor(block: np.ndarray, dtype: Dtype) -> torch.Tensor:
     return torch.from_numpy(np.array(to_floats(np.ascontiguousarray(block), dtype), np.float32))
 
 
-def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)  # (H, T, D/2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 def rotate_neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x[..., 0::2], x[..., 1::2]  # (H, T, D/2)
+    first, second = x[..., 0::2], x[..., 1::2]  # (1, H, T, D/2)
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)

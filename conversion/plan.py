@@ -62,10 +62,9 @@ class Plan:
 def plan_hf(source: Checkpoint, model_type: str, max_shard_size: str, cast: Cast | None) -> Plan:
     """Plan a Hugging Face folder of `model_type` "llama", which everything reads, or "llama3" with its code."""
     limit, dtype = parse_size(max_shard_size), cast.to.name if cast else source.dtype
-    size = sizes(source.config)
     groups, room = [[]], limit
     for row in source.own_rows:
-        assembly = assemble(source, row, "hf", 0, row.full_shape(size)[row.split or 0], cast)
+        assembly = assemble(source, row, "hf", cast)
         if assembly.nbytes > room and groups[-1]:
             groups.append([])
             room = limit
@@ -104,16 +103,14 @@ def plan_meta(source: Checkpoint, mp: int, cast: Cast | None) -> Plan:
     for shard in range(mp):
         tensors = []
         for row in source.rows:
-            full = row.full_shape(size)[row.split or 0]
-            if row.split is None:
-                start, stop = 0, full
-            else:
+            start, stop = 0, None
+            if row.split is not None:
                 # With more shards than key/value heads each head is written for every shard that needs it.
                 copies = written_kv_heads // kv_heads if "key_value" in row.shape else 1
-                width = full * copies // mp
+                width = row.full_shape(size)[row.split] * copies // mp
                 start = shard // copies * width
                 stop = start + width
-            tensors.append((row.meta, assemble(source, row, "meta", start, stop, cast)))
+            tensors.append((row.meta, assemble(source, row, "meta", cast, start, stop)))
         stem = f"consolidated.{shard:02d}"
         files.append(PlannedFile(f"{stem}.pth", PthLayout(stem, describe(tensors)), tensors))
 
@@ -135,13 +132,16 @@ def plan_meta(source: Checkpoint, mp: int, cast: Cast | None) -> Plan:
     return Plan(source, "meta", cast, files, make_small_files, notes)
 
 
-def assemble(source: Checkpoint, row: Row, to: str, start: int, stop: int, cast: Cast | None = None) -> Assembly:
-    """Describe a tensor in the format `to`, cut to the indices from `start` to `stop` of its divided dimension."""
+def assemble(
+    source: Checkpoint, row: Row, to: str, cast: Cast | None = None, start: int = 0, stop: int | None = None
+) -> Assembly:
+    """Describe a tensor in the format `to`, or the part of it from `start` to `stop` of its divided dimension."""
+    shape = list(row.full_shape(sizes(source.config)))
+    stop = shape[row.split or 0] if stop is None else stop
     parts = source.cut(row, start, stop)
     if row.rotary and source.format != to:
         reorder = interleaved_to_half if to == "hf" else half_to_interleaved
         parts = [Part(part.file, reorder(part.array, source.config["head_dim"])) for part in parts]
-    shape = list(row.full_shape(sizes(source.config)))
     shape[row.split or 0] = stop - start
     stored = source.tensors[row.hf][0].dtype
     needed = cast if cast is not None and cast.to != stored else None

@@ -27,21 +27,36 @@ def check_target(source: Path, target: Path, needed: int, overwrite: bool) -> in
     for place in (target, staging_of(target), replaced_by(target)):
         if place == source or source in place.parents or place in source.parents:
             raise UserError(f"{target} and the source {source} must be apart; choose another target")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if is_taken(target):
         if not overwrite:
             raise UserError(f"{target} already exists; choose another target or add --overwrite")
         if not target.is_dir() or not any((target / sign).exists() for sign in SIGNS):
             raise UserError(
                 f"{target} is no checkpoint, so it is not overwritten; remove it yourself or choose another"
             )
-    parent = next(parent for parent in target.parents if parent.exists())
-    if not parent.is_dir():
-        raise UserError(f"{target} cannot be made: {parent} is a file")
+    parent = parent_of(target)
     staging = staging_of(target)
     there = sum(file.stat().st_size for file in staging.iterdir()) if staging.is_dir() else 0
     if (free := shutil.disk_usage(parent).free) + there < needed:
         raise UserError(f"{target} needs {needed} bytes, but its disk has {free} free; make room there")
     return free
+
+
+def is_taken(target: Path) -> bool:
+    """Tell whether anything stands there but an empty folder."""
+    return target.exists() and not (target.is_dir() and not any(target.iterdir()))
+
+
+def parent_of(target: Path) -> Path:
+    """Return the nearest folder above that exists.
+
+    Raises:
+        UserError: it is a file.
+    """
+    parent = next(parent for parent in target.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"{target} cannot be made: {parent} is a file; choose another place")
+    return parent
 
 
 @contextlib.contextmanager
@@ -72,12 +87,12 @@ def staging(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def system_errors(place: Path):
+def system_errors(place: Path, remedy: str = "mend that and run the same again"):
     """Turn what the system refuses into a sentence; what was finished stays for the next run."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{place} could not be written ({error.strerror}); mend that and run the same again") from error
+        raise UserError(f"{place} could not be written ({error.strerror or error}); {remedy}") from error
 
 
 def staging_of(target: Path) -> Path:
@@ -114,6 +129,15 @@ def recover(target: Path):
         old.rename(target)
     elif old.exists():
         shutil.rmtree(old, ignore_errors=True)
+
+
+def write_files(folder: Path, files: dict[str, bytes]):
+    """Write small files by their names, which may lie in a folder of their own, each whole or not at all."""
+    for name, content in files.items():
+        partial = folder / f"{name}.partial"
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        finish(partial)
 
 
 def finish(partial: Path):

@@ -135,17 +135,13 @@ class Assembly:
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Yield the elements from first to last, in memory or mapped."""
-        for piece in self.pieces():
-            yield piece if isinstance(piece, np.ndarray) else piece.bytes.view(f"<u{self.stored.itemsize}")
+        for piece in self._stored_pieces():
+            block = piece if isinstance(piece, np.ndarray) else piece.bytes.view(f"<u{self.stored.itemsize}")
+            yield self.cast(block, self.stored) if self.cast else block
 
     def pieces(self) -> Iterator[Run | np.ndarray]:
         """Yield the elements from first to last: as runs of a file where they lie as wanted, else as blocks."""
-        if self.cast is None:
-            yield from self._stored_pieces()
-            return
-        for piece in self._stored_pieces():
-            block = piece if isinstance(piece, np.ndarray) else piece.bytes.view(f"<u{self.stored.itemsize}")
-            yield self.cast(block, self.stored)
+        return self.blocks() if self.cast else self._stored_pieces()
 
     def _stored_pieces(self):
         if self.axis != 0:

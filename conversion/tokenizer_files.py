@@ -45,13 +45,6 @@ def copy_files(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def write_files(folder: Path, files: dict[str, bytes]):
-    """Write files by their names, which may lie in a folder of their own."""
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-
-
 def meta_tokenizer(source: Checkpoint, notes: list[str]) -> tuple[dict[str, bytes], list[str] | None]:
     """Make tokenizer.model for a directory of Meta's and list the special tokens."""
     if source.tokenizer is None:

@@ -102,12 +102,11 @@ def compare_weights(source: Checkpoint, target: Checkpoint, progress: bool, cast
     if sizes(source.config) != sizes(target.config) or len(source.rows) != len(target.rows):
         return report  # other shapes: nothing to compare
 
-    size = sizes(source.config)
     total = sum(tensor.nbytes for tensors in target.tensors.values() for tensor in tensors)
     with byte_bar("verifying", total, progress) as bar:
         for ours, theirs in zip(source.rows, target.rows, strict=True):
             pair = [
-                assemble(checkpoint, row, target.format, 0, row.full_shape(size)[row.split or 0], made_by)
+                assemble(checkpoint, row, target.format, made_by)
                 for checkpoint, row, made_by in ((source, ours, cast), (target, theirs, None))
             ]
             if pair[0].dtype != pair[1].dtype:

@@ -9,11 +9,11 @@ import torch
 from tqdm import tqdm
 
 from hf_llama3.errors import UserError
+from hf_llama3.modeling_llama3 import LOGITS_AT_A_TIME
 
 from .text import check_range
 
 LARGEST_CONTEXT = 2048  # tokens, where nothing is said: a longer context takes longer and predicts better
-LOGITS_AT_A_TIME = 2**25  # 128 MiB in float32
 
 
 @dataclass

@@ -10,10 +10,9 @@ from safetensors import SafetensorError
 
 from hf_llama3.conversion import convert
 from hf_llama3.conversion.checkpoint import Checkpoint
-from hf_llama3.conversion.convert import write_small
 from hf_llama3.conversion.hf_config import make_portable
 from hf_llama3.conversion.manifest import CURVES_FILE, TRAINING_FACTS, read_json, to_json
-from hf_llama3.conversion.tokenizer_files import write_files
+from hf_llama3.conversion.staging import is_taken, parent_of, system_errors, write_files
 from hf_llama3.errors import UserError
 
 from .data import Text
@@ -49,7 +48,8 @@ def start_run(output: Path, text: Text, settings: Settings, resume: bool):
         return
     check_free(output, resume)
     output.mkdir(parents=True, exist_ok=True)
-    write_small(run, to_json({"settings": asdict(settings), "text": text.path.name, "text_sha256": text.sha256}))
+    facts = {"settings": asdict(settings), "text": text.path.name, "text_sha256": text.sha256}
+    write_files(output, {RUN_FILE: to_json(facts)})
     try:
         yield
     except UserError:
@@ -59,7 +59,7 @@ def start_run(output: Path, text: Text, settings: Settings, resume: bool):
 
 def check_free(output: Path, resume: bool = False):
     """Raise unless a folder can be made there."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if is_taken(output):
         if (output / RUN_FILE).exists():
             raise UserError(
                 f"{output} holds an unfinished run; add --resume to go on with it, or choose another --output"
@@ -67,9 +67,7 @@ def check_free(output: Path, resume: bool = False):
         if resume and (output / LAST).exists():
             raise UserError(f"{output} is finished; choose another --output, or go on with --from {output}")
         raise UserError(f"{output} already exists; choose another --output")
-    parent = next(parent for parent in output.absolute().parents if parent.exists())
-    if not parent.is_dir():
-        raise UserError(f"{output} cannot be made: {parent} is a file; choose another --output")
+    parent_of(output)
 
 
 def last_checkpoint(output: Path) -> str | None:
@@ -82,19 +80,19 @@ def last_checkpoint(output: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def system_errors(output: Path):
-    """Turn what the system refuses into a sentence."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        remedy = "lower --batch-size, raise --accumulate, or add --checkpointing"
-        raise UserError(f"{output} needs more memory than there is ({reason}); {remedy}") from error
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{output} could not be written ({reason}); mend that, then add --resume") from error
+def run_errors(output: Path):
+    """Turn what the system refuses into a sentence, whichever library it was that asked."""
+    with system_errors(output, "mend that, then add --resume"):
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            remedy = "lower --batch-size, raise --accumulate, or add --checkpointing"
+            raise UserError(f"{output} needs more memory than there is ({reason}); {remedy}") from error
+        except (SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(str(error).splitlines()[0]) from error
 
 
 def finish_run(trainer, output: Path, tokenizer_files: dict[str, bytes], source: Checkpoint | None, report):

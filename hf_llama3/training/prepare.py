@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_llama3.conversion.manifest import byte_bar, read_json, to_json
-from hf_llama3.conversion.tokenizer_files import write_files
+from hf_llama3.conversion.staging import write_files
 from hf_llama3.errors import UserError
 
 from .data import Text, map_tokens, read_range, write_tokens

@@ -25,7 +25,7 @@ from hf_llama3.errors import UserError
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 
 from .data import ConsecutiveWindows, ShuffledWindows, survey
-from .output import finish_run, last_checkpoint, start_run, system_errors
+from .output import finish_run, last_checkpoint, run_errors, start_run
 from .prepare import FOLDER, prepare, read_prepared
 from .progress import ProgressBar
 from .settings import Settings
@@ -94,7 +94,7 @@ def train(
         source, source_tokenizer = open_source(settings.source, settings.context)
 
     # Data and tokenizer: the first process writes them, all map the same files
-    with system_errors(output), arguments.main_process_first(local=False):
+    with run_errors(output), arguments.main_process_first(local=False):
         if is_first:
             surveyed = survey(text)
             with start_run(output, surveyed, settings, resume):
@@ -113,7 +113,7 @@ def train(
         model = load_source(source, settings.dropout)
     num_parameters, vocab_size = model.num_parameters(), model.config.vocab_size
     if settings.fsdp:
-        with system_errors(output):
+        with run_errors(output):
             model = divide_among_processes(model, output, arguments)
     model.skip_logits_in_training = True
     if settings.checkpointing:
@@ -138,7 +138,7 @@ def train(
     arguments.eval_on_start = checkpoint is None
     steps_done = int(Path(checkpoint).name.partition("-")[2]) if checkpoint else 0
     training_started = time.perf_counter()
-    with system_errors(output), quiet():
+    with run_errors(output), quiet():
         trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - training_started
 
@@ -170,7 +170,7 @@ def train(
         curves=curves,
         notes=[],
     )
-    with system_errors(output), quiet():
+    with run_errors(output), quiet():
         finish_run(trainer, output, tokenizer.files, source, report)
     return report
 

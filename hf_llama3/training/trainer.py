@@ -6,7 +6,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_llama3.conversion.tokenizer_files import write_files
+from hf_llama3.conversion.staging import write_files
 from hf_llama3.errors import UserError
 
 from .data import IGNORED

@@ -59,7 +59,7 @@ def watch(place, name):
         return original(*arguments, **keywords)
     setattr(place, name, watched)
 watch(storage, "copy_run"); watch(storage, "write_all"); watch(engine, "write_all")
-watch(staging, "sync"); watch(engine, "sync"); watch(engine, "prove"); watch(engine, "write_small")
+watch(staging, "sync"); watch(engine, "sync"); watch(engine, "prove"); watch(engine, "write_files")
 watch(staging, "take_place"); watch(Path, "rename"); watch(engine, "reserve")
 try:
     engine.convert(source, target, **options)
