@@ -10,25 +10,44 @@ from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.errors import UserError
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 
+from .checkpoint import Checkpoint
 from .hf_config import generation_config
 from .opening import open_checkpoint
 from .plan import assemble
 from .staging import write_files
-from .storage import Assembly
 from .tokenizer_files import hf_tokenizer
+from .weights import Row
 
 
 class LazyTensor:
-    """Stand for a tensor in the state dict; the library indexes it when it is this tensor's turn to be loaded."""
+    """Stand for a tensor in the state dict; the library indexes it when it is this tensor's turn to be loaded.
 
-    def __init__(self, assembly: Assembly):
-        self.assembly = assembly
-        self.dtype = getattr(torch, assembly.dtype.name)
-        self.shape = torch.Size(assembly.shape)
+    Where several processes divide the tensor, each asks for a slice, and reads no more than that of Meta's shards.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, row: Row):
+        self.checkpoint, self.row = checkpoint, row
+        whole = assemble(checkpoint, row, "hf")
+        self.dtype = getattr(torch, whole.dtype.name)
+        self.shape = torch.Size(whole.shape)
+
+    def get_shape(self):
+        return list(self.shape)
 
     def __getitem__(self, index):
-        array = self.assembly.whole().view(f"<i{self.assembly.dtype.itemsize}")  # torch lacks the unsigned types
-        return torch.from_numpy(array).view(self.dtype)[index]
+        axis = self.row.split
+        if axis is None or not isinstance(index, tuple):
+            return self.read(0, None)[index]
+        start, stop, _ = index[axis].indices(self.shape[axis])
+        unit = self.checkpoint.config["head_dim"] if self.row.rotary else 1  # rows that are reordered together
+        first, last = start // unit * unit, max(-(-stop // unit), start // unit + 1) * unit
+        within = slice(start - first, stop - first)
+        return self.read(first, last)[(*index[:axis], within, *index[axis + 1 :])]
+
+    def read(self, start: int, stop: int | None) -> torch.Tensor:
+        array = assemble(self.checkpoint, self.row, "hf", None, start, stop).whole()
+        signed = array.view(f"<i{array.itemsize}")  # torch lacks the unsigned types
+        return torch.from_numpy(signed).view(self.dtype)
 
     def is_floating_point(self):
         return True
@@ -48,7 +67,7 @@ def load_meta(path, *, rope_factor: float | None = None, **kwargs) -> Llama3ForC
         raise UserError("load_meta reads configuration and weights from the directory; leave out config and state_dict")
     checkpoint = open_meta_only(path, rope_factor)
     checkpoint.check_copies()
-    state_dict = {row.hf: LazyTensor(assemble(checkpoint, row, "hf")) for row in checkpoint.own_rows}
+    state_dict = {row.hf: LazyTensor(checkpoint, row) for row in checkpoint.own_rows}
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", "auto")
     dtype = getattr(torch, checkpoint.dtype) if dtype == "auto" else dtype
     config, kwargs = Llama3Config.from_dict(checkpoint.config, return_unused_kwargs=True, dtype=dtype, **kwargs)

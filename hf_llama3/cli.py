@@ -14,7 +14,7 @@ import typer
 
 from . import __version__
 from .errors import UserError
-from .generation.defaults import DTYPES, MAX_NEW_TOKENS, QUANTIZATIONS
+from .generation.defaults import BATCH_SIZE, DEVICE_MAPS, DTYPES, MAX_NEW_TOKENS, PARALLEL, QUANTIZATIONS
 from .training.settings import PRESETS, Settings, make_settings
 
 app = typer.Typer(
@@ -32,6 +32,8 @@ RopeOption = Annotated[float | None, typer.Option(help="Of a directory of Meta's
 MaxNewOption = Annotated[int, typer.Option(help="At most, for each prompt.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token each time.")]
 TopPOption = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.")]
+DeviceMapOption = Annotated[str | None, typer.Option(help=f"Layers over devices: {', '.join(DEVICE_MAPS)}.")]
+MemoryOption = Annotated[str | None, typer.Option(help='JSON: what each device may take, as {"0": "20GiB"}.')]
 SeedOption = Annotated[int, typer.Option(help="Of the sampling.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
@@ -87,18 +89,32 @@ def quickstart(
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder of either format.")],
     rope_factor: Annotated[float | None, typer.Option(help="RoPE factor, where no file says it.")] = None,
+    device_map: DeviceMapOption = None,
+    max_memory: MemoryOption = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw of what --device-map makes.")] = None,
     as_json: JsonFlag = False,
 ):
-    """Say what a checkpoint is, and what had to be inferred."""
+    """Say what a checkpoint is, what had to be inferred, and where its layers would go (--device-map)."""
     from .conversion import inspect
 
     info = inspect(path, rope_factor).to_dict()
+    placement = note = None
+    if device_map is not None:
+        from .generation.placement import place_checkpoint, plot_placement
+
+        placement = place_checkpoint(path, "auto", rope_factor, device_map, max_memory)
+        note = plot_placement(placement, plot) if plot is not None else None
+    elif max_memory is not None or plot is not None:
+        raise UserError("--max-memory and --plot say more of --device-map; add --device-map auto")
     if as_json:
-        print_json(info)
+        print_json(info | ({"placement": placement.to_dict()} if placement else {}))
         return
     config, inferred = info.pop("config"), info.pop("inferred")
     print_table(info | {f"config.{key}": value for key, value in config.items()})
     print_list("Inferred", inferred)
+    if placement:
+        print_table(placement.table())
+        print_list("Note", [note] if note else [])
 
 
 @command("hf-llama3 convert Meta-Llama-3-8B/original llama-3-8b")
@@ -268,21 +284,42 @@ def generate(
     quantize: QuantizeOption = None,
     compile: CompileFlag = False,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = BATCH_SIZE,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write, a line of JSON for each prompt; the same command goes on.")
+    ] = None,
+    device_map: DeviceMapOption = None,
+    max_memory: MemoryOption = None,
+    offload_folder: Annotated[Path | None, typer.Option(help="For weights that fit on no device.")] = None,
+    parallel: Annotated[str | None, typer.Option(help=f"Under torchrun: {', '.join(PARALLEL)}.")] = None,
     as_json: JsonFlag = False,
 ):
-    """Complete a prompt, or each line of a file."""
+    """Complete a prompt, or each line of a file; on several devices by --device-map, or torchrun and --parallel."""
     if (prompt is None) == (prompts is None):
         raise UserError("give either a prompt or --prompts with a file")
-    from .generation import generate_text, load_model
+    from .generation.loading import load_model
+    from .generation.parallel import join
+    from .generation.placement import offload_into
+    from .generation.prompts import Job, complete, complete_into
 
-    texts = [prompt] if prompts is None else read_lines(prompts)
-    loaded, tokenizer = load_model(model, dtype, rope_factor, optimize, quantize, compile, progress=True)
-    completions = generate_text(loaded, tokenizer, texts, max_new_tokens, temperature, top_p, seed, stop)
-    if as_json:
-        print_json([completion.to_dict() for completion in completions])
-        return
-    for completion in completions:
-        print(completion.prompt + completion.text)
+    job, texts = Job(max_new_tokens, temperature, top_p, seed, stop), [prompt] if prompts is None else prompts
+    with join(parallel) as group, offload_into(offload_folder) as folder:
+        loaded, tokenizer = load_model(
+            model, dtype, rope_factor, optimize, quantize, compile, True, device_map, max_memory, folder, group
+        )
+        if output is not None:
+            report = complete_into(output, loaded, tokenizer, texts, job, batch_size, group, progress=True)
+            if group.is_first:
+                print_json(report) if as_json else print_table(report)
+            return
+        completions = complete(loaded, tokenizer, texts, job, batch_size, group, progress=True)
+        if as_json:
+            found = [completion.to_dict() for completion in completions]
+            if group.is_first:
+                print_json(found)
+            return
+        for completion in completions:
+            print(completion.prompt + completion.text, flush=True)
 
 
 @command("hf-llama3 chat Meta-Llama-3-8B-Instruct --quantize int8")
@@ -364,13 +401,6 @@ def write_card(path: Path, content: str):
         path.write_text(content, "utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def print_json(value):

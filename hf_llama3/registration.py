@@ -50,3 +50,16 @@ def register():
         for table in vars(constants).values():
             if isinstance(table, dict) and "llama" in table:
                 table.setdefault(MODEL_TYPE, table["llama"])
+
+
+def register_with_vllm():
+    """Have vLLM run our type by its own Llama; the package's entry point in the group "vllm.general_plugins".
+
+    vLLM calls it in each of its processes before any work, as often as it likes, and imports the class it names when it
+    is wanted (docs.vllm.ai, "Plugin System" and "Registering a Model").
+    """
+    from vllm import ModelRegistry
+
+    architecture = "Llama3ForCausalLM"
+    if architecture not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(architecture, "vllm.model_executor.models.llama:LlamaForCausalLM")

@@ -1,41 +1,50 @@
-"""Run `hf-llama3` as a user does: in a process of its own."""
+"""Run `hf-llama3` as a user does."""
 
 import contextlib
 import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest import mock
-
-import pytest
 
 from hf_llama3.cli import main
 
 
-def run(*arguments, cwd=None, code=0, **environment):
-    """Run a command and return its output; `code` is the exit status that it must end with."""
-    result = subprocess.run(
-        [sys.executable, "-m", "hf_llama3", *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, env=os.environ | environment, check=False,
-    )  # fmt: skip
+def run(*arguments, cwd=None, code=0, fresh=False, **environment):
+    """Run a command and return its output; `code` is the exit status that it must end with.
+
+    In a process of its own where it is to be `fresh` or has another folder or environment. Elsewhere in this one: the
+    imports of a fresh process would take most of the time.
+    """
+    if fresh or cwd or environment:
+        command, environment = [sys.executable, "-m", "hf_llama3", *map(str, arguments)], os.environ | environment
+        result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    else:
+        result = SimpleNamespace(**dict(zip(("returncode", "stdout", "stderr"), call(*arguments), strict=True)))
     assert result.returncode == code, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
 
 
-def refuse(*arguments):
-    """Run a command that must be refused: exit 2, one sentence on standard error, nothing on standard output.
-
-    In this process: the imports of a fresh one take longer than the refusal.
-    """
-    out, err = io.StringIO(), io.StringIO()
+def call(*arguments):
+    """Run a command in this process; returns its exit status, standard output and standard error."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", ["hf-llama3", *map(str, arguments)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as exit_info,
     ):
-        main()
-    assert exit_info.value.code == 2 and out.getvalue() == ""
-    lines = [line for line in err.getvalue().replace("\r", "\n").splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in err.getvalue(), err.getvalue()
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def refuse(*arguments):
+    """Run a command that must be refused: exit 2, one sentence on standard error, nothing on standard output."""
+    code, out, err = call(*arguments)
+    assert code == 2 and out == "", err
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
     return lines[0]

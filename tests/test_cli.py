@@ -51,7 +51,7 @@ def snapshot(folder):
 
 
 def test_version_and_help():
-    assert run("--version").stdout.startswith("hf-llama3 0.")
+    assert run("--version", fresh=True).stdout.startswith("hf-llama3 0.")
     started = time.perf_counter()
     help_text = run("--help").stdout
     assert time.perf_counter() - started < 10  # about 0.3 s on an idle machine; this only catches an import of torch
@@ -80,7 +80,7 @@ def test_light_commands_import_neither_torch_nor_transformers(command, meta, tmp
 
 
 def test_inspect(meta):
-    info = json.loads(run("inspect", meta, "--json").stdout)
+    info = json.loads(run("inspect", meta, "--json", fresh=True).stdout)
     assert (info["format"], info["num_shards"], info["dtype"], info["tied"]) == ("meta", 1, "bfloat16", False)
     assert info["config"]["num_key_value_heads"] == 4
     assert any("no tokenizer" in sentence for sentence in info["inferred"])
@@ -114,7 +114,8 @@ def test_verify_says_no(meta, tmp_path):
 @pytest.mark.parametrize("form", ["hf", "meta"])
 def test_generate(form, talker):
     folder = talker.parent / form
-    completions = json.loads(run("generate", folder, "The quick", "--max-new-tokens", 5, "--json").stdout)
+    arguments = ["generate", folder, "The quick", "--max-new-tokens", 5]
+    completions = json.loads(run(*arguments, "--json", fresh=True).stdout)
     assert [completion["prompt"] for completion in completions] == ["The quick"]
     assert 0 < len(completions[0]["token_ids"]) <= 5
     again = run("generate", folder, "The quick", "--max-new-tokens", 5).stdout

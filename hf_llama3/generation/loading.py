@@ -1,8 +1,10 @@
-"""A model and its tokenizer, in any of the formats that this package knows."""
+"""A model and its tokenizer, in any of the formats that this package knows, on one device or several."""
 
+import contextlib
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_llama3  # noqa: F401  (registers the type "llama3")
 from hf_llama3.conversion.load import load_meta, load_meta_tokenizer
@@ -11,6 +13,8 @@ from hf_llama3.errors import UserError
 
 from .defaults import DTYPES, QUANTIZATIONS
 from .optimization import optimize
+from .parallel import Group, number_own_layers
+from .placement import check_here, config_of, place
 
 
 def load_model(
@@ -21,41 +25,78 @@ def load_model(
     quantize: str | None = None,
     compile: bool = False,
     progress: bool = False,
+    device_map: str | None = None,
+    max_memory: dict | str | None = None,
+    offload_folder: Path | None = None,
+    group: Group = Group(),  # noqa: B008
 ):
     """Load a model and its tokenizer from a local folder of either format, or else by its name on the Hub.
 
     Args:
         fast: optimise the model, as `quantize` ("int8", "int4") and `compile` do besides what they say.
+        device_map: divide the layers among devices, as `placement.place` describes, `max_memory` and `offload_folder`.
+        group: the processes that generate together, of which this one loads its part.
 
     Raises:
-        UserError: the folder holds no whole checkpoint or no tokenizer, or the name is unknown.
+        UserError: the folder holds no whole checkpoint or no tokenizer, the name is unknown, or the model cannot be
+            divided so.
     """
+    fast = fast or quantize is not None or compile
     if quantize not in (None, *QUANTIZATIONS):
         raise UserError(f"--quantize must be one of {QUANTIZATIONS}, got {quantize!r}")
-    model, tokenizer = read_model(name, dtype, rope_factor)
-    if fast or quantize or compile:
-        model = optimize(model, quantize, compile, progress)
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype must be one of {DTYPES}, got {dtype!r}")
+    if device_map is None and not (max_memory is None and offload_folder is None):
+        raise UserError("--max-memory and --offload-folder say how layers are divided; add --device-map auto")
+    if device_map is not None and group.mode is not None:
+        raise UserError(f"--device-map is for one process, got it with --parallel {group.mode}; leave one out")
+    if fast and group.mode in ("tensor", "pipeline"):
+        raise UserError(
+            f"--parallel {group.mode} divides plain weights; leave out --optimize, --quantize and --compile"
+        )
+    model, tokenizer = read_model(name, dtype, rope_factor, device_map, max_memory, offload_folder, group)
+    if group.mode == "pipeline":
+        number_own_layers(model)
+    if fast:
+        model = optimize(model, quantize, compile, progress and group.is_first)
     return model, tokenizer
 
 
-def read_model(name: str, dtype: str, rope_factor: float | None):
-    """Do the first part of `load_model`."""
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype must be one of {DTYPES}, got {dtype!r}")
-    path = Path(name)
+def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max_memory, offload_folder, group: Group):
+    """Do the part of `load_model` that reads files: what can be refused, then the weights."""
+    path, checkpoint = Path(name), None
     if path.exists():
         checkpoint = open_checkpoint(path, rope_factor)  # reads no tensor, and its errors are sentences
         if checkpoint.tokenizer is None:
             raise UserError(f"{checkpoint.path} holds no tokenizer, without which there is no text; add its files")
-        if checkpoint.format == "meta":
-            model = load_meta(path, rope_factor=rope_factor, dtype=dtype)
-            return model.eval(), load_meta_tokenizer(path, rope_factor=rope_factor)
-        name = str(checkpoint.path)
+        name, config, stored = str(checkpoint.path), config_of(checkpoint), getattr(torch, checkpoint.dtype)
+    else:
+        with loading(name):
+            config = AutoConfig.from_pretrained(name)
+        stored = config.dtype or torch.float32
+    is_meta = checkpoint is not None and checkpoint.format == "meta"
+    group.check(config)
+    where = group.loading_options()
+    if device_map is not None:
+        kind = stored if dtype == "auto" else getattr(torch, dtype)
+        placement = place(config, kind, device_map, max_memory, offload_folder)
+        check_here(placement, offload_folder if is_meta else None)  # safetensors are read where they are
+        where = {"device_map": placement.device_map, "offload_folder": offload_folder}
+    if is_meta:
+        model = load_meta(path, rope_factor=rope_factor, dtype=dtype, **where)
+        return model.eval(), load_meta_tokenizer(path, rope_factor=rope_factor)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise UserError(f"the tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    with loading(name):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def loading(name: str):
+    """Turn what the library says of a name or a folder into a sentence."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval(), tokenizer
+        yield
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -46,12 +46,7 @@ def generate_text(
     check_sampling(max_new_tokens, temperature, top_p, seed)
     if not prompts:
         raise UserError("there must be at least one prompt, got none")
-    texts, is_chat = prompts, tokenizer.chat_template is not None
-    if is_chat:
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    rows = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
-
+    rows = tokenize(tokenizer, prompts)
     longest = max(map(len, rows))
     check_lengths(model, longest, max_new_tokens)
     options = generation_options(model, tokenizer, temperature, top_p)
@@ -71,6 +66,15 @@ def generate_text(
         ids = until_stop(row, stops, padding)
         completions.append(Completion(prompt, tokenizer.decode(ids, skip_special_tokens=True), ids))
     return completions
+
+
+def tokenize(tokenizer, prompts: list[str]) -> list[list[int]]:
+    """Return the token ids of each prompt, as a user's turn where the tokenizer has a chat template."""
+    texts, is_chat = prompts, tokenizer.chat_template is not None
+    if is_chat:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int):

@@ -94,6 +94,10 @@ def test_twice_and_in_another_way(model):
     hf_llama3.optimize(model, quantize="int8")
 
 
+def test_dropout_ends(model):
+    assert not any(module.training for module in hf_llama3.optimize(model.train()).modules())
+
+
 def test_a_copy_is_as_good(model):
     theirs = logits(hf_llama3.optimize(model))
     other = copy.deepcopy(model)

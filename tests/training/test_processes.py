@@ -1,7 +1,6 @@
 """Several processes: the losses of one, one folder, and one sentence where a user is wrong."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import transformers
 from command_line import refuse, run
 from packaging.version import Version
 from safetensors.torch import load_file
+from torchrun import torchrun, torchrun_on_two_nodes
 from transformers import AutoModelForCausalLM
 
 from hf_llama3.training.recipe import FSDP_SINCE
@@ -25,17 +25,10 @@ def alone(text, tmp_path_factory):
     return output, json.loads(run("train", "--text", text, "--output", output, *OPTIONS).stdout)
 
 
-def torchrun(*arguments):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "-m", "hf_llama3", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
-
-
 @pytest.mark.parametrize("way", [[], ["--fsdp"]], ids=["DDP", "FSDP2"])
 def test_two_processes_are_as_one(way, alone, text, tmp_path):
     """Each with half of every step's windows; Muon rounds in bfloat16, which magnifies float32's differences."""
-    result = torchrun("train", "--text", text, "--output", tmp_path / "out", *OPTIONS, *way)
+    result = torchrun("-m", "hf_llama3", "train", "--text", text, "--output", tmp_path / "out", *OPTIONS, *way)
     if way and Version(transformers.__version__) < Version(FSDP_SINCE):
         assert f"--fsdp needs transformers {FSDP_SINCE} or newer, got {transformers.__version__}" in result.stderr
         return
@@ -52,6 +45,48 @@ def test_two_processes_are_as_one(way, alone, text, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(p.name for p in alone[0].iterdir())
 
 
+KILL = """
+import os, signal
+from hf_llama3.cli import main
+from hf_llama3.training import recipe
+original = recipe.TextTrainer.training_step
+def stop(self, *args, **kwargs):
+    if self.state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args, **kwargs)
+recipe.TextTrainer.training_step = stop
+main()
+"""
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_gone_on_with_in_another_number_of_processes(before, after, alone, text, tmp_path):
+    """Killed in the sixth step, gone on with from the fourth: the losses of one process throughout."""
+    (tmp_path / "killed.py").write_text(KILL)
+    arguments = ["train", "--text", text, "--output", tmp_path / "out", *OPTIONS]
+    start = torchrun if before == 2 else lambda *these: subprocess.run([sys.executable, *map(str, these)], check=False)
+    assert start(tmp_path / "killed.py", *arguments).returncode
+    assert (tmp_path / "out" / "run.json").exists()
+    result = (
+        torchrun("-m", "hf_llama3", *arguments, "--resume") if after == 2 else run(*arguments, "--resume", fresh=True)
+    )
+    assert result.returncode == 0, result.stderr
+    curves = json.loads(result.stdout)["curves"]
+    for name, points in alone[1]["curves"].items():
+        assert [loss for _, loss in curves[name]] == pytest.approx([loss for _, loss in points], rel=1e-4)
+
+
+def test_two_nodes(alone, text, tmp_path):
+    """Two machines, here two torchruns on one: the same losses, printed by the first."""
+    arguments = ["train", "--text", text, "--output", tmp_path / "out", *OPTIONS]
+    result, other_out = torchrun_on_two_nodes("-m", "hf_llama3", *arguments)
+    assert result.returncode == 0, result.stderr
+    curves = json.loads(result.stdout)["curves"]
+    for name, points in alone[1]["curves"].items():
+        assert [loss for _, loss in curves[name]] == pytest.approx([loss for _, loss in points], rel=1e-4)
+    assert other_out == b""
+
+
 def test_half_the_windows_give_other_losses(alone, text, tmp_path):
     """The control: the curves would not be the same if both processes saw the same half."""
     half = [2 if value == 4 else value for value in OPTIONS]
@@ -63,16 +98,18 @@ def test_half_the_windows_give_other_losses(alone, text, tmp_path):
 def test_a_user_is_told_once(text, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
-    result = torchrun("train", "--text", text, "--output", tmp_path / "out", *OPTIONS)
+    result = torchrun("-m", "hf_llama3", "train", "--text", text, "--output", tmp_path / "out", *OPTIONS)
     assert result.returncode and result.stderr.count("already exists; choose another --output") == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
-    result = torchrun("train", "--text", text, "--output", tmp_path / "o", *OPTIONS, "--batch-size", 3)
+    result = torchrun(
+        "-m", "hf_llama3", "train", "--text", text, "--output", tmp_path / "o", *OPTIONS, "--batch-size", 3
+    )
     assert "must be a multiple of processes x --accumulate, got 3 and 2 x 1" in result.stderr
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version(FSDP_SINCE), reason="refused as a whole, see above")
 def test_fsdp_says_what_it_cannot(text, tmp_path):
     arguments = ["train", "--text", text, "--output", tmp_path / "out", *OPTIONS, "--fsdp"]
-    result = torchrun(*arguments, "--resume")
+    result = torchrun("-m", "hf_llama3", *arguments, "--resume")
     assert "--resume needs the optimiser's state, which --fsdp does not keep" in result.stderr
     assert "--fsdp divides a model among processes, got 1; start it by torchrun" in refuse(*arguments)

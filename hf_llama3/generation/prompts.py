@@ -1,0 +1,169 @@
+"""Prompts of any number, completed a few at a time, in the order of the file, gone on with after an interruption."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hf_llama3.conversion.manifest import hash_file, read_json, to_json
+from hf_llama3.conversion.staging import system_errors, write_files
+from hf_llama3.errors import UserError
+
+from .parallel import Group
+from .text import Completion, check_lengths, check_sampling, generate_text, tokenize
+
+SETTINGS_FILE, LINES_FILE = "settings.json", "completions.jsonl"
+BATCHES_AT_A_TIME = 4  # for each process: among so many prompts those of like length are put together
+LINES_AT_A_TIME = 1024  # whose lengths are looked at together
+
+
+@dataclass
+class Job:
+    """What to generate; the fields are options of `generate_text`."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: list[str] | None = None
+
+
+def complete(
+    model, tokenizer, prompts: list[str] | Path, job: Job, batch_size: int, group: Group, progress: bool, first: int = 0
+) -> Iterator[Completion]:
+    """Yield the completions of prompts, or of each line of a file, from number `first` on, in their order.
+
+    Every process calls this; the first one is given all completions, the others none. Which prompts stand in a batch
+    together, and so what is sampled, depends on how many processes there are; the likeliest tokens do not.
+
+    Raises:
+        UserError: a prompt does not fit, before any is completed, or a number is out of its range.
+    """
+    check_sampling(job.max_new_tokens, job.temperature, job.top_p, job.seed)
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {batch_size}")
+    total = group.share_out(check_prompts(model, tokenizer, prompts, job) if group.is_first else None)
+    lines = itertools.islice(enumerate(read_prompts(prompts)), first, None)
+    hidden = not progress or not group.is_first or total == 1
+    with tqdm(total=total, initial=first, desc="generating", unit="prompt", disable=hidden) as bar:
+        while block := list(itertools.islice(lines, batch_size * BATCHES_AT_A_TIME * group.shares)):
+            found = complete_share(model, tokenizer, block, job, batch_size, group)
+            together = [pair for share in group.gather(found) for pair in share]
+            yield from (completion for _, completion in sorted(together, key=lambda pair: pair[0]))
+            bar.update(len(block))
+
+
+def complete_share(model, tokenizer, block, job: Job, batch_size: int, group: Group) -> list[tuple[int, Completion]]:
+    """Complete this process's share of numbered prompts: batches of like length, the longest dealt out first."""
+    lengths = dict(zip(block, map(len, tokenize(tokenizer, [prompt for _, prompt in block])), strict=True))
+    ordered = sorted(block, key=lambda entry: (-lengths[entry], entry))
+    size = min(batch_size, -(-len(block) // group.shares))  # of few prompts everyone gets some
+    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    found = []
+    for batch in batches[group.share :: group.shares]:
+        numbers, texts = zip(*batch, strict=True)
+        seed = (job.seed + min(numbers)) % 2**32  # or every batch would be sampled by the same chances
+        completions = generate_text(
+            model, tokenizer, list(texts), job.max_new_tokens, job.temperature, job.top_p, seed, job.stop
+        )
+        found += zip(numbers, completions, strict=True)
+    return found
+
+
+def complete_into(
+    output: Path, model, tokenizer, prompts: list[str] | Path, job: Job, batch_size: int, group: Group, progress: bool
+) -> dict:
+    """Write the completions as lines of JSON; what an interrupted run of the same wrote is gone on with.
+
+    The lines stand in `OUTPUT.partial/` until the last is there. Returns what to report: file, prompts, and how many
+    of them an earlier run had completed.
+
+    Raises:
+        UserError: the output exists, was begun with something else, or cannot be written; and as `complete` does.
+    """
+    folder = output.with_name(f"{output.name}.partial")
+    done = group.share_out(begin(output, folder, describe(model, prompts, job)) if group.is_first else None)
+    completions = complete(model, tokenizer, prompts, job, batch_size, group, progress, done)
+    count = done
+    if not group.is_first:
+        for _ in completions:
+            raise AssertionError("completions are the first process's")
+        return {}
+    with system_errors(folder, "mend that and run the same again"):
+        with open(folder / LINES_FILE, "a", encoding="utf-8", buffering=1) as file:
+            for completion in completions:
+                file.write(json.dumps(completion.to_dict(), ensure_ascii=False) + "\n")
+                count += 1
+        (folder / LINES_FILE).rename(output)
+        (folder / SETTINGS_FILE).unlink()
+        folder.rmdir()
+    return {"output": str(output), "prompts": count, "completed_earlier": done}
+
+
+def describe(model, prompts: list[str] | Path, job: Job) -> dict:
+    """Say what completions follow from."""
+    sha256 = hash_file(prompts, "sha256", lambda count: None) if isinstance(prompts, Path) else None
+    text = None if isinstance(prompts, Path) else prompts
+    done = getattr(model, "optimization", None)
+    settings = {"model": model.name_or_path, "dtype": str(model.dtype), "quantize": done and done.quantize}
+    return settings | {"prompts": sha256 or text} | asdict(job)
+
+
+def begin(output: Path, folder: Path, settings: dict) -> int:
+    """Make the folder of a run, or go on with one that is there; return how many completions are in it."""
+    if output.exists():
+        raise UserError(f"{output} already exists; choose another --output")
+    with system_errors(folder, "mend that and run the same again"):
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            write_files(folder, {SETTINGS_FILE: to_json(settings)})
+            return 0
+        begun = read_json(folder / SETTINGS_FILE)
+        if others := sorted(key for key in settings if begun.get(key) != settings[key]):
+            raise UserError(f"{folder} was begun with another {' and '.join(others)}; give the same, or remove it")
+        return drop_torn_line(folder / LINES_FILE)
+
+
+def drop_torn_line(path: Path) -> int:
+    """Cut a file after its last whole line and return how many there are."""
+    lines, end = 0, 0
+    with open(path, "ab+") as file:
+        file.seek(0)
+        for line in file:
+            if line.endswith(b"\n"):
+                lines, end = lines + 1, end + len(line)
+        file.truncate(end)
+    return lines
+
+
+def check_prompts(model, tokenizer, prompts: list[str] | Path, job: Job) -> int:
+    """Raise unless every prompt fits, and return how many there are."""
+    lines, total = read_prompts(prompts), 0
+    while some := list(itertools.islice(lines, LINES_AT_A_TIME)):
+        lengths = [len(ids) for ids in tokenize(tokenizer, some)]
+        check_lengths(model, max(lengths), job.max_new_tokens)
+        check_lengths(model, min(lengths), job.max_new_tokens)
+        total += len(some)
+    if not total:
+        raise UserError("there must be at least one prompt, got none")
+    return total
+
+
+def read_prompts(prompts: list[str] | Path) -> Iterator[str]:
+    """Yield each of some prompts, or each line of a file in UTF-8.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not isinstance(prompts, Path):
+        yield from prompts
+        return
+    try:
+        with open(prompts, encoding="utf-8") as file:
+            for line in file:
+                yield line.removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{prompts} cannot be read: {error}") from error
