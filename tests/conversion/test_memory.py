@@ -48,6 +48,21 @@ def test_memory_of_a_cast_is_bounded(source, tmp_path):
     convert(source, tmp_path / "target", "--dtype", "float16", "--no-verify", limit=MEMORY_BYTES + 300 * 10**6)
 
 
+LOAD = """
+import sys, hf_llama3
+options = {"device_map": "auto", "max_memory": {"cpu": sys.argv[2]}, "offload_folder": sys.argv[3]}
+model = hf_llama3.load_meta(sys.argv[1], **options)
+assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+"""
+
+
+def test_memory_of_a_load_with_offload_is_bounded(source, tmp_path):
+    """What goes to disk is never in memory together; the control is a load that needs no disk."""
+    result = limited("-c", LOAD, source, "1100MB", tmp_path, limit=MODEL_BYTES)
+    assert result.returncode == 0, result.stderr
+    assert "allocate" in limited("-c", LOAD, source, "9GB", tmp_path, limit=MODEL_BYTES).stderr
+
+
 def test_the_limit_holds():
     """The control: as much memory as the model has bytes cannot be had."""
     assert "MemoryError" in limited("-c", f"bytearray({MODEL_BYTES})").stderr

@@ -99,10 +99,6 @@ def test_without_a_template(talker, tmp_path):
 def test_bench(talker):
     arguments = ["bench", talker, "--new-tokens", 4, "--batch-size", 2, "--quantize", "int8"]
     report = json.loads(run(*arguments, "--json").stdout)
-    # int8 weights, and a scale in float32 for each output feature
-    linears = 2 * (128 * (128 + 2 * 64 + 128 + 3 * 192)) + 512 * 128
-    features = 2 * (128 + 2 * 64 + 128 + 2 * 192 + 128) + 512
-    assert report["weight_gigabytes"] == pytest.approx((linears + 4 * features) / 1e9, abs=1e-3)
     assert report["batch_size"] == 2 and report["new_tokens"] == 4 and report["prompt_tokens"] == 64
     assert report["tokens_per_second"] == pytest.approx(2000 / report["milliseconds_per_token"], rel=0.05)
     assert 0 < report["share_of_read"] < 2 and report["prefill_tokens_per_second"] > 0

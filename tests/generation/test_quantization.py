@@ -10,6 +10,7 @@ from hf_llama3.errors import UserError
 from hf_llama3.generation import kernels
 from hf_llama3.generation.kernels import DenseKernel, Int4Kernel, Int8Kernel, has_known_int4_order
 from hf_llama3.generation.packed import PackedLinear
+from hf_llama3.generation.speed import weight_bytes
 
 # Of a product of normal numbers: a rounding step over the root of 12, where the largest number of a scale is 3 or so
 ERRORS = {DenseKernel: 1e-6, Int8Kernel: 0.013, Int4Kernel: 0.09}
@@ -51,6 +52,14 @@ def test_int4_for_few_rows_and_for_many(shape, monkeypatch):
     many = kernel(x)
     monkeypatch.setattr(kernels, "has_known_int4_order", lambda: False)
     torch.testing.assert_close(many, kernel(x), rtol=0, atol=0.01 * float(many.abs().max()))
+
+
+def test_bytes():
+    """What a step reads: int8 with a scale in float32 for each output feature."""
+    linears = 2 * (128 * (128 + 2 * 64 + 128 + 3 * 192)) + 512 * 128
+    features = 2 * (128 + 2 * 64 + 128 + 2 * 192 + 128) + 512
+    assert weight_bytes(make_model()) == weight_bytes(hf_llama3.optimize(make_model())) == 4 * linears
+    assert weight_bytes(hf_llama3.optimize(make_model(), quantize="int8")) == linears + 4 * features
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
