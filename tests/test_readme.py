@@ -1,5 +1,6 @@
 """Every command that the README shows, run as it stands, on a small model and text under the names it uses."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer.main
 from checkpoints import params, real_tokenizer, write_meta
+from command_line import run
 
 from hf_llama3.cli import app
 from hf_llama3.quickstart import python_documentation
@@ -37,22 +39,24 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def test_every_block_runs(workplace):
-    """In the order of the README, since later blocks use what earlier ones made."""
+def test_every_block_runs(workplace, monkeypatch):
+    """In the order of the README, since later blocks use what earlier ones made; our own commands in this process."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     ran = 0
     for block in blocks():
         if block["reason"] or SET_UP in block["code"]:
             continue
-        if block["language"] == "python":
-            lines = [[sys.executable, "-c", block["code"]]]
-        else:
-            lines = [[sys.executable, "-m", "hf_llama3", *command[1:]] for command in commands(block)]
-            assert all(command[0] == "hf-llama3" for command in commands(block)), block["code"]
-        for line in lines:
-            result = subprocess.run(line, capture_output=True, text=True, cwd=workplace, check=False)
-            assert result.returncode == 0, f"{line}\n{result.stderr}"
+        lines = block["code"].splitlines() if block["language"] == "bash" else [block["code"]]
+        for line in filter(str.strip, lines):
+            if line.startswith("hf-llama3 "):
+                run(*shlex.split(line, comments=True)[1:])
+            else:
+                command = ["bash", "-euc", line] if block["language"] == "bash" else [sys.executable, "-c", line]
+                result = subprocess.run(command, capture_output=True, text=True, check=False)
+                assert result.returncode == 0, f"{line}\n{result.stderr}"
             ran += 1
-    assert ran >= 12
+    assert ran >= 24
 
 
 def test_options_of_every_block_exist():

@@ -54,7 +54,7 @@ def generate_text(
     set_seed(seed)
     with torch.inference_mode():
         output = model.generate(
-            **pad_left(rows, padding, model.device),
+            **pad_left(rows, padding, input_device(model)),
             max_new_tokens=max_new_tokens,
             stopping_criteria=stop_at(tokenizer, stop),
             prefill_chunk_size=PREFILL_CHUNK if longest > PREFILL_CHUNK else None,
@@ -134,6 +134,14 @@ def stop_tokens(model) -> list[int]:
 def check_range(name: str, value: float, smallest: float, largest: float):
     if not smallest <= value <= largest:
         raise UserError(f"{name} must be between {smallest:g} and {largest:g}, got {value}")
+
+
+def input_device(model) -> torch.device:
+    """Return where prompts go: offloaded weights are on no device until it is their turn."""
+    if model.device.type != "meta":
+        return model.device
+    gpus = [device for device in model.hf_device_map.values() if isinstance(device, int)]
+    return torch.device(gpus[0] if gpus else "cpu")
 
 
 def pad_left(rows: list[list[int]], padding: int, device) -> dict[str, torch.Tensor]:

@@ -88,10 +88,11 @@ def small_memory(folder, share):
     return json.dumps({"cpu": int(size * share)})
 
 
+@pytest.mark.parametrize("share", [0.6, 0.16])  # of the weights; with the less all of them are on disk
 @pytest.mark.parametrize("form", ["hf", "meta"])
-def test_generate_over_devices(form, folders, tmp_path):
+def test_generate_over_devices(form, share, folders, tmp_path):
     """The same text, a plan that the command shows before, and nothing left in the folder for what is offloaded."""
-    model, memory = folders / form, small_memory(folders / form, 0.6)
+    model, memory = folders / form, small_memory(folders / form, share)
     arguments = ["generate", model, "abc abc", "--max-new-tokens", 5, "--json"]
     code, plain, _ = call(*arguments)
     offload = tmp_path / "offload"
