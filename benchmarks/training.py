@@ -1,7 +1,7 @@
 """Training against the field: losses at a fixed budget, speed and memory beside upstream's class.
 
-    OMP_NUM_THREADS=1 python benchmarks/training.py loss --text tinyshakespeare.txt   # preset shakespeare-cpu
-    OMP_NUM_THREADS=1 python benchmarks/training.py curve --text tinyshakespeare.txt --bf16  # shakespeare-gpu, begun
+    OMP_NUM_THREADS=1 python benchmarks/training.py loss --text tinyshakespeare.txt  # preset shakespeare-cpu
+    OMP_NUM_THREADS=1 python benchmarks/training.py curve --text tinyshakespeare.txt --bf16 --folder runs/curve
     OMP_NUM_THREADS=1 python benchmarks/training.py speed
     OMP_NUM_THREADS=2 python benchmarks/training.py memory
 
@@ -20,6 +20,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ def main():
     parser.add_argument("--text", type=Path, help="tiny Shakespeare")
     parser.add_argument("--steps", type=int, default=500, help="of `curve`")
     parser.add_argument("--bf16", action="store_true", help="of `curve`: compute in bfloat16")
+    parser.add_argument("--folder", type=Path, help="of `curve`: where its runs stay, and are gone on with if stopped")
     parser.add_argument("--seeds", type=int, default=3, help="of `loss`")
     parser.add_argument("--measure", choices=["ours", "upstream"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -45,10 +47,16 @@ def main():
     {"loss": compare_losses, "curve": compare_curves, "speed": compare_speed, "memory": compare_memory}[args.part](args)
 
 
-def run(text: Path, **options):
-    """Train in a folder that does not stay; return the report."""
+def run(text: Path, output: Path | None = None, **options):
+    """Train, or go on with training, in `output`, or in a folder that does not stay; return the report."""
+    from hf_llama3.conversion.manifest import TRAINING_FACTS, read_json
     from hf_llama3.training import make_settings, train
 
+    if output is not None:
+        if not (output / TRAINING_FACTS).exists():
+            output.parent.mkdir(parents=True, exist_ok=True)
+            train(text, output, make_settings(**options), resume=output.exists())
+        return SimpleNamespace(**read_json(output / TRAINING_FACTS))
     with tempfile.TemporaryDirectory() as folder:
         return train(text, Path(folder) / "out", make_settings(**options), progress=sys.stderr.isatty())
 
@@ -124,8 +132,10 @@ def compare_curves(args):
     options["bf16"] = args.bf16 or None
     plain = {"matrix_learning_rate": 0.0, "learning_rate": 1e-3, "dropout": 0.0}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:  # only losses count, not times
-        ours, theirs = [pool.submit(run, args.text, **options, **more) for more in ({}, plain)]
-        ours, theirs = ours.result(), theirs.result()
+        runs = []
+        for name, more in (("ours", {}), ("plain", plain)):
+            runs.append(pool.submit(run, args.text, args.folder and args.folder / name, **options, **more))
+        ours, theirs = (run.result() for run in runs)
     print(f"{'step':>6} {'ours':>8} {'plain':>8}")
     for (step, our_loss), (_, their_loss) in zip(ours.curves["validation"], theirs.curves["validation"], strict=True):
         print(f"{step:6} {our_loss:8.4f} {their_loss:8.4f}")

@@ -72,6 +72,7 @@ def load_meta(path, *, rope_factor: float | None = None, **kwargs) -> Llama3ForC
     dtype = getattr(torch, checkpoint.dtype) if dtype == "auto" else dtype
     config, kwargs = Llama3Config.from_dict(checkpoint.config, return_unused_kwargs=True, dtype=dtype, **kwargs)
     model = Llama3ForCausalLM.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
+    model.name_or_path = str(checkpoint.path)
     model.generation_config = GenerationConfig(**generation_config(checkpoint.config, checkpoint.generation_config))
     return model
 

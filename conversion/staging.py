@@ -71,19 +71,30 @@ def staging(target: Path) -> Iterator[Path]:
     with system_errors(folder):
         if folder.exists() and any(folder.iterdir()) and not is_unfinished(folder):
             raise UserError(f"{folder} is in the way and was not made by this package; move it elsewhere")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(lock_of(folder))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(f"another run is writing {target}; wait for it, or choose another target") from error
-        try:
+        with locked(folder, target):
             folder.mkdir(exist_ok=True)
             yield folder
             take_place(folder, target)
-            lock_of(folder).unlink(missing_ok=True)
-        finally:
-            lock.release()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, target: Path):
+    """Hold the lock on the folder in which `target` is written; it stays beside it until that is finished.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_of(folder))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another run is writing {target}; wait for it, or choose another target") from error
+    try:
+        yield
+        lock_of(folder).unlink(missing_ok=True)
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

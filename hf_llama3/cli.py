@@ -50,6 +50,9 @@ def main():
 
 def fail(message: str) -> int:
     """Print a user's error and return its exit code."""
+    torch = sys.modules.get("torch")
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not (torch and torch.distributed.is_initialized()):
+        return 2  # what is wrong before processes have joined is wrong in all of them: one on each machine says so
     process = "" if is_first_process() else f" (process {os.environ['RANK']})"
     print(f"error{process}: {message}", file=sys.stderr)
     return 2
@@ -98,12 +101,13 @@ def inspect(
     from .conversion import inspect
 
     info = inspect(path, rope_factor).to_dict()
-    placement = note = None
+    placement = None
     if device_map is not None:
         from .generation.placement import place_checkpoint, plot_placement
 
-        placement = place_checkpoint(path, "auto", rope_factor, device_map, max_memory)
-        note = plot_placement(placement, plot) if plot is not None else None
+        placement = place_checkpoint(path, rope_factor, device_map, max_memory)
+        if plot is not None and (note := plot_placement(placement, plot)):
+            print(f"Note: {note}", file=sys.stderr)
     elif max_memory is not None or plot is not None:
         raise UserError("--max-memory and --plot say more of --device-map; add --device-map auto")
     if as_json:
@@ -114,7 +118,6 @@ def inspect(
     print_list("Inferred", inferred)
     if placement:
         print_table(placement.table())
-        print_list("Note", [note] if note else [])
 
 
 @command("hf-llama3 convert Meta-Llama-3-8B/original llama-3-8b")
@@ -300,10 +303,11 @@ def generate(
     from .generation.loading import load_model
     from .generation.parallel import join
     from .generation.placement import offload_into
-    from .generation.prompts import Job, complete, complete_into
+    from .generation.prompts import Job, check_paths, complete, complete_into
 
     job, texts = Job(max_new_tokens, temperature, top_p, seed, stop), [prompt] if prompts is None else prompts
     with join(parallel) as group, offload_into(offload_folder) as folder:
+        check_paths(prompts, output)
         loaded, tokenizer = load_model(
             model, dtype, rope_factor, optimize, quantize, compile, True, device_map, max_memory, folder, group
         )
@@ -397,10 +401,10 @@ def card(
 
 
 def write_card(path: Path, content: str):
-    try:
+    from .conversion.staging import system_errors
+
+    with system_errors(path, "choose another file"):
         path.write_text(content, "utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def print_json(value):

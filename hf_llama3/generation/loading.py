@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 import hf_llama3  # noqa: F401  (registers the type "llama3")
 from hf_llama3.conversion.load import load_meta, load_meta_tokenizer
@@ -14,7 +15,7 @@ from hf_llama3.errors import UserError
 from .defaults import DTYPES, QUANTIZATIONS
 from .optimization import optimize
 from .parallel import Group, number_own_layers
-from .placement import check_here, config_of, place
+from .placement import check_here, config_and_dtype, place
 
 
 def load_model(
@@ -54,6 +55,8 @@ def load_model(
         raise UserError(
             f"--parallel {group.mode} divides plain weights; leave out --optimize, --quantize and --compile"
         )
+    if not group.is_first:
+        logging.disable_progress_bar()
     model, tokenizer = read_model(name, dtype, rope_factor, device_map, max_memory, offload_folder, group)
     if group.mode == "pipeline":
         number_own_layers(model)
@@ -69,7 +72,7 @@ def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max
         checkpoint = open_checkpoint(path, rope_factor)  # reads no tensor, and its errors are sentences
         if checkpoint.tokenizer is None:
             raise UserError(f"{checkpoint.path} holds no tokenizer, without which there is no text; add its files")
-        name, config, stored = str(checkpoint.path), config_of(checkpoint), getattr(torch, checkpoint.dtype)
+        name, (config, stored) = str(checkpoint.path), config_and_dtype(checkpoint)
     else:
         with loading(name):
             config = AutoConfig.from_pretrained(name)
@@ -83,7 +86,8 @@ def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max
         check_here(placement, offload_folder if is_meta else None)  # safetensors are read where they are
         where = {"device_map": placement.device_map, "offload_folder": offload_folder}
     if is_meta:
-        model = load_meta(path, rope_factor=rope_factor, dtype=dtype, **where)
+        with loading(name):
+            model = load_meta(path, rope_factor=rope_factor, dtype=dtype, **where)
         return model.eval(), load_meta_tokenizer(path, rope_factor=rope_factor)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -98,5 +102,7 @@ def loading(name: str):
     """Turn what the library says of a name or a folder into a sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         raise UserError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -20,7 +20,7 @@ from hf_llama3.errors import UserError
 
 from .defaults import PARALLEL
 
-TIMEOUT = timedelta(minutes=30)  # of one exchange; loading a large model takes long, and longer in one process
+TIMEOUT = timedelta(hours=2)  # of one exchange, which waits for the slowest; who is gone is noticed at once
 _groups = itertools.count()
 
 
@@ -53,10 +53,13 @@ class Group:
         """
         if self.mode == "tensor":
             for key in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
-                if getattr(config, key) % self.count:
+                size = getattr(config, key, None)
+                if size is None:
+                    raise UserError(f"--parallel tensor needs a Llama, got {config.model_type!r} without `{key}`")
+                if size % self.count:
                     raise UserError(
-                        f"--parallel tensor needs a number of processes that divides `{key}` {getattr(config, key)}, "
-                        f"got {self.count}; start another number"
+                        f"--parallel tensor needs a number of processes that divides `{key}` {size}, got {self.count}; "
+                        "start another number"
                     )
         if self.mode == "pipeline" and config.num_hidden_layers < self.count:
             raise UserError(
@@ -108,11 +111,8 @@ def join(mode: str | None) -> Iterator[Group]:
         raise UserError(f"--parallel needs several processes, got 1; start them by {start} ...")
     store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
     store = dist.PrefixStore(f"group {next(_groups)}", store)  # what an earlier group left there is not for this one
-    kind = device_type()
-    if kind != "cpu":
-        torch.accelerator.set_device_index(local_rank())
-    backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
     try:
+        backend = bind_device()
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
         yield Group(mode, rank, count)
         dist.barrier()
@@ -134,7 +134,7 @@ def bytes_per_process(config: PretrainedConfig, dtype: torch.dtype, mode: str, c
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
-    sizes = {name: parameter.numel() * parameter.element_size() for name, parameter in model.named_parameters()}
+    sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
     if mode == "data":
         return [sum(sizes.values())] * count
     if mode == "tensor":
@@ -156,6 +156,21 @@ def bytes_per_process(config: PretrainedConfig, dtype: torch.dtype, mode: str, c
 def is_lost(error: Exception) -> bool:
     """Tell whether an exchange failed because a process at its other end is gone or silent."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def bind_device() -> str:
+    """Give this process the device of its number on this machine, and return what exchanges run over.
+
+    Raises:
+        UserError: there are fewer devices than processes here.
+    """
+    kind = device_type()
+    if kind == "cpu":
+        return "gloo"
+    if local_rank() >= (devices := torch.accelerator.device_count()):
+        raise UserError(f"each process needs a GPU of its own, got {devices} for {local_rank() + 1}; start {devices}")
+    torch.accelerator.set_device_index(local_rank())
+    return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
 
 
 def device_type() -> str:

@@ -1,4 +1,4 @@
-"""Which layer goes to which device, worked out by accelerate from sizes alone, before anything is loaded."""
+"""Which layer goes to which device, worked out from sizes alone as the library would, before anything is loaded."""
 
 import contextlib
 import json
@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import infer_auto_device_map
-from accelerate.utils import convert_file_size_to_int, get_balanced_memory, get_max_memory
+from accelerate.utils import convert_file_size_to_int
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations.accelerate import get_balanced_memory, get_max_memory, infer_auto_device_map
 
 import hf_llama3  # noqa: F401  (registers the type "llama3")
 from hf_llama3.configuration_llama3 import Llama3Config
@@ -32,7 +32,7 @@ class Placement:
     device_map: dict[str, int | str]  # module -> number of a GPU, "cpu" or "disk"
     module_bytes: dict[str, int]  # the same modules; a tied weight counts where it comes first
     device_bytes: dict[str, int]
-    max_memory: dict[str, int]  # what each device may take
+    max_memory: dict[str, int]  # what each device may take, as it was given, or what was free
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -79,18 +79,19 @@ def place(
     if device_map not in DEVICE_MAPS:
         raise UserError(f"--device-map must be one of {DEVICE_MAPS}, got {device_map!r}")
     memory = read_memory(max_memory)
+    limits = {device_name(device): int(size) for device, size in (memory or get_max_memory()).items()}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     whole = {"no_split_module_classes": sorted(model._no_split_modules)}
     if device_map != "sequential":
         low = device_map == "balanced_low_0"
-        memory_of = get_balanced_memory(model, max_memory=memory, dtype=dtype, low_zero=low, **whole)
+        memory = get_balanced_memory(model, max_memory=memory, low_zero=low, **whole)
     else:
-        memory_of = get_max_memory(memory)
-    found = infer_auto_device_map(model, max_memory=dict(memory_of), dtype=dtype, **whole)
+        memory = get_max_memory(memory)
+    found = infer_auto_device_map(model, max_memory=memory, **whole)
     sizes = sizes_of(model, found)
-    placement = Placement(found, sizes, {}, {device_name(device): size for device, size in memory_of.items()})
+    placement = Placement(found, sizes, {}, limits)
     for name, device in found.items():
         device = device_name(device)
         placement.device_bytes[device] = placement.device_bytes.get(device, 0) + sizes[name]
@@ -98,20 +99,26 @@ def place(
     return placement
 
 
-def place_checkpoint(
-    path: Path, dtype: str, rope_factor: float | None, device_map: str, max_memory: dict | None
-) -> Placement:
+def place_checkpoint(path: Path, rope_factor: float | None, device_map: str, max_memory: dict | None) -> Placement:
     """Work out a device map for a folder of either format; what fits nowhere is planned for the disk."""
-    checkpoint = open_checkpoint(path, rope_factor)
-    kind = getattr(torch, checkpoint.dtype if dtype == "auto" else dtype)
-    return place(config_of(checkpoint), kind, device_map, max_memory, Path())
+    return place(*config_and_dtype(open_checkpoint(path, rope_factor)), device_map, max_memory, Path())
 
 
-def config_of(checkpoint: Checkpoint) -> PretrainedConfig:
-    """Return the configuration of the class that loads a checkpoint: a folder's own, or ours for Meta's."""
-    if checkpoint.format == "hf":
-        return AutoConfig.from_pretrained(checkpoint.path)
-    return Llama3Config.from_dict(checkpoint.config)
+def config_and_dtype(checkpoint: Checkpoint) -> tuple[PretrainedConfig, torch.dtype]:
+    """Return configuration and type with which a checkpoint is loaded: what its folder says, or ours for Meta's.
+
+    Raises:
+        UserError: the library does not take the configuration.
+    """
+    stored = getattr(torch, checkpoint.dtype)
+    if checkpoint.format == "meta":
+        return Llama3Config.from_dict(checkpoint.config), stored
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path)
+    except Exception as error:  # the library raises what it likes
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{checkpoint.path}/config.json cannot be loaded ({reason}); mend it") from error
+    return config, config.dtype or stored
 
 
 def read_memory(given: dict | str | None) -> dict | None:
@@ -128,10 +135,13 @@ def read_memory(given: dict | str | None) -> dict | None:
         memory = {}
         for device, size in sizes.items():
             memory[int(device) if str(device).isdigit() else device] = convert_file_size_to_int(size)
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, OverflowError) as error:
         raise UserError(wanted) from error
     if any(isinstance(device, str) and device not in ("cpu", "mps") for device in memory) or not memory:
         raise UserError(wanted)
+    gpus = sorted(device for device in memory if isinstance(device, int))
+    if gpus != list(range(len(gpus))):
+        raise UserError(f"--max-memory must number GPUs from 0, got {gpus}; give those that are to be spared 0")
     return memory
 
 
@@ -140,7 +150,7 @@ def sizes_of(model, device_map: dict) -> dict[str, int]:
     sizes = Counter(dict.fromkeys(device_map, 0))
     for name, parameter in model.named_parameters():
         owner = next(prefix for prefix in device_map if not prefix or f"{name}.".startswith(f"{prefix}."))
-        sizes[owner] += parameter.numel() * parameter.element_size()
+        sizes[owner] += parameter.nbytes
     return dict(sizes)
 
 
@@ -157,7 +167,7 @@ def check_room(placement: Placement, model, offload_folder: Path | None):
             f"the model needs {total} bytes, but may take {there}; raise --max-memory, or add --offload-folder DIR"
         )
     layer = max(
-        sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+        sum(parameter.nbytes for parameter in module.parameters())
         for module in model.modules()
         if type(module).__name__ in model._no_split_modules
     )
@@ -175,10 +185,12 @@ def check_here(placement: Placement, offload_folder: Path | None):
     Raises:
         UserError: with what is needed and what there is.
     """
-    gpus = torch.cuda.device_count()
+    gpus = torch.accelerator.device_count()
     for device in placement.device_map.values():
-        if isinstance(device, int) and device >= gpus:
-            raise UserError(f"--max-memory gives layers to GPU {device}, but this machine has {gpus}; leave it out")
+        if (isinstance(device, int) and device >= gpus) or (device == "mps" and not torch.mps.is_available()):
+            raise UserError(
+                f"--max-memory gives layers to {device_name(device)}, but this machine has {gpus} GPUs; leave it out"
+            )
     needed = placement.device_bytes.get("disk", 0)
     if needed and offload_folder is not None and (free := shutil.disk_usage(offload_folder).free) < needed:
         raise UserError(f"--offload-folder {offload_folder} needs {needed} bytes, but its disk has {free} free")
@@ -225,6 +237,9 @@ def plot_placement(placement: Placement, path: Path) -> str | None:
     axes.set(xlabel="GiB of weights, a stripe for each module; red: what the device may take")
     axes.set_xlim(0, 1.25 * max(filled.values()) or 1)
     axes.invert_yaxis()
+    endings = figure.canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in endings:
+        raise UserError(f"--plot must end in one of {', '.join(endings)}, got {path}; choose another name")
     with system_errors(path, "choose another --plot"):
         figure.savefig(path, dpi=120)
     return None

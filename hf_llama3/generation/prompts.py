@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from hf_llama3.conversion.manifest import hash_file, read_json, to_json
-from hf_llama3.conversion.staging import system_errors, write_files
+from hf_llama3.conversion.staging import locked, sync, system_errors, write_files
 from hf_llama3.errors import UserError
 
 from .parallel import Group
@@ -32,20 +33,24 @@ class Job:
 
 
 def complete(
-    model, tokenizer, prompts: list[str] | Path, job: Job, batch_size: int, group: Group, progress: bool, first: int = 0
+    model, tokenizer, prompts: list[str] | Path, job: Job, batch_size: int, group: Group, progress: bool
 ) -> Iterator[Completion]:
-    """Yield the completions of prompts, or of each line of a file, from number `first` on, in their order.
+    """Yield the completions of prompts, or of each line of a file, in their order.
 
     Every process calls this; the first one is given all completions, the others none. Which prompts stand in a batch
-    together, and so what is sampled, depends on how many processes there are; the likeliest tokens do not.
+    together, and so what is sampled, depends on how many processes there are.
 
     Raises:
         UserError: a prompt does not fit, before any is completed, or a number is out of its range.
     """
-    check_sampling(job.max_new_tokens, job.temperature, job.top_p, job.seed)
-    if batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {batch_size}")
-    total = group.share_out(check_prompts(model, tokenizer, prompts, job) if group.is_first else None)
+    total = check_prompts(model, tokenizer, prompts, job, batch_size, group)
+    return complete_from(0, total, model, tokenizer, prompts, job, batch_size, group, progress)
+
+
+def complete_from(
+    first: int, total: int, model, tokenizer, prompts, job: Job, batch_size: int, group: Group, progress: bool
+) -> Iterator[Completion]:
+    """Do what `complete` does for checked prompts from number `first` on."""
     lines = itertools.islice(enumerate(read_prompts(prompts)), first, None)
     hidden = not progress or not group.is_first or total == 1
     with tqdm(total=total, initial=first, desc="generating", unit="prompt", disable=hidden) as bar:
@@ -66,9 +71,13 @@ def complete_share(model, tokenizer, block, job: Job, batch_size: int, group: Gr
     for batch in batches[group.share :: group.shares]:
         numbers, texts = zip(*batch, strict=True)
         seed = (job.seed + min(numbers)) % 2**32  # or every batch would be sampled by the same chances
-        completions = generate_text(
-            model, tokenizer, list(texts), job.max_new_tokens, job.temperature, job.top_p, seed, job.stop
-        )
+        try:
+            completions = generate_text(
+                model, tokenizer, list(texts), job.max_new_tokens, job.temperature, job.top_p, seed, job.stop
+            )
+        except torch.OutOfMemoryError as error:
+            needed = f"{len(texts)} prompts need more memory than there is ({str(error).splitlines()[0]})"
+            raise UserError(f"{needed}; lower --batch-size or --max-new-tokens") from error
         found += zip(numbers, completions, strict=True)
     return found
 
@@ -82,25 +91,40 @@ def complete_into(
     of them an earlier run had completed.
 
     Raises:
-        UserError: the output exists, was begun with something else, or cannot be written; and as `complete` does.
+        UserError: the output exists, was begun with something else, is being written by another run or cannot be; and
+            as `complete` does.
     """
-    folder = output.with_name(f"{output.name}.partial")
-    done = group.share_out(begin(output, folder, describe(model, prompts, job)) if group.is_first else None)
-    completions = complete(model, tokenizer, prompts, job, batch_size, group, progress, done)
-    count = done
+    total = check_prompts(model, tokenizer, prompts, job, batch_size, group)
+    how = (model, tokenizer, prompts, job, batch_size, group, progress)
     if not group.is_first:
-        for _ in completions:
-            raise AssertionError("completions are the first process's")
+        list(complete_from(group.share_out(None), total, *how))  # none: the first process has them
         return {}
-    with system_errors(folder, "mend that and run the same again"):
-        with open(folder / LINES_FILE, "a", encoding="utf-8", buffering=1) as file:
-            for completion in completions:
+    folder = output.with_name(f"{output.name}.partial")
+    with system_errors(folder), locked(folder, output):
+        check_paths(None, output)
+        lines = folder / LINES_FILE
+        done = group.share_out(begin(folder, describe(model, prompts, job)))
+        with open(lines, "a", encoding="utf-8", buffering=1) as file:
+            for completion in complete_from(done, total, *how):
                 file.write(json.dumps(completion.to_dict(), ensure_ascii=False) + "\n")
-                count += 1
-        (folder / LINES_FILE).rename(output)
+        sync(lines)
+        lines.rename(output)
         (folder / SETTINGS_FILE).unlink()
         folder.rmdir()
-    return {"output": str(output), "prompts": count, "completed_earlier": done}
+    return {"output": str(output), "prompts": total, "completed_earlier": done}
+
+
+def check_paths(prompts: Path | None, output: Path | None):
+    """Refuse, before a model is loaded, what no model will mend.
+
+    Raises:
+        UserError: the prompts are no file, which is read more than once, or the output exists.
+    """
+    if prompts is not None and not prompts.is_file():
+        what = "a folder or a pipe" if prompts.exists() else "nothing"
+        raise UserError(f"--prompts must name a file, got {prompts}, where there is {what}; write one")
+    if output is not None and output.exists():
+        raise UserError(f"{output} already exists; choose another --output")
 
 
 def describe(model, prompts: list[str] | Path, job: Job) -> dict:
@@ -108,23 +132,21 @@ def describe(model, prompts: list[str] | Path, job: Job) -> dict:
     sha256 = hash_file(prompts, "sha256", lambda count: None) if isinstance(prompts, Path) else None
     text = None if isinstance(prompts, Path) else prompts
     done = getattr(model, "optimization", None)
-    settings = {"model": model.name_or_path, "dtype": str(model.dtype), "quantize": done and done.quantize}
+    name, rope = str(Path(model.name_or_path).resolve()), model.config.rope_parameters
+    settings = {"model": name, "rope": rope, "dtype": str(model.dtype), "quantize": done and done.quantize}
     return settings | {"prompts": sha256 or text} | asdict(job)
 
 
-def begin(output: Path, folder: Path, settings: dict) -> int:
+def begin(folder: Path, settings: dict) -> int:
     """Make the folder of a run, or go on with one that is there; return how many completions are in it."""
-    if output.exists():
-        raise UserError(f"{output} already exists; choose another --output")
-    with system_errors(folder, "mend that and run the same again"):
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            write_files(folder, {SETTINGS_FILE: to_json(settings)})
-            return 0
-        begun = read_json(folder / SETTINGS_FILE)
-        if others := sorted(key for key in settings if begun.get(key) != settings[key]):
-            raise UserError(f"{folder} was begun with another {' and '.join(others)}; give the same, or remove it")
-        return drop_torn_line(folder / LINES_FILE)
+    folder.mkdir(exist_ok=True)
+    if not any(folder.iterdir()):
+        write_files(folder, {SETTINGS_FILE: to_json(settings)})
+        return 0
+    begun = read_json(folder / SETTINGS_FILE)
+    if others := sorted(key for key in settings if begun.get(key) != settings[key]):
+        raise UserError(f"{folder} was begun with another {' and '.join(others)}; give the same, or remove it")
+    return drop_torn_line(folder / LINES_FILE)
 
 
 def drop_torn_line(path: Path) -> int:
@@ -139,8 +161,16 @@ def drop_torn_line(path: Path) -> int:
     return lines
 
 
-def check_prompts(model, tokenizer, prompts: list[str] | Path, job: Job) -> int:
-    """Raise unless every prompt fits, and return how many there are."""
+def check_prompts(model, tokenizer, prompts, job: Job, batch_size: int, group: Group) -> int:
+    """Raise unless numbers are in their ranges and every prompt fits, and return how many there are, to all."""
+    check_sampling(job.max_new_tokens, job.temperature, job.top_p, job.seed)
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {batch_size}")
+    return group.share_out(count_prompts(model, tokenizer, prompts, job) if group.is_first else None)
+
+
+def count_prompts(model, tokenizer, prompts: list[str] | Path, job: Job) -> int:
+    """Return how many prompts there are, of which each fits."""
     lines, total = read_prompts(prompts), 0
     while some := list(itertools.islice(lines, LINES_AT_A_TIME)):
         lengths = [len(ids) for ids in tokenize(tokenizer, some)]

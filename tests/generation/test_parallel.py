@@ -13,11 +13,13 @@ import pytest
 import torch
 from checkpoints import params, small_tokenizer, write_meta
 from command_line import call, refuse
+from filelock import FileLock
 from torchrun import ENVIRONMENT, torchrun
 
 from hf_llama3 import Llama3Config
 from hf_llama3.conversion import convert, inspect
 from hf_llama3.errors import UserError
+from hf_llama3.generation import loading, prompts
 from hf_llama3.generation.parallel import Group, bytes_per_process
 from hf_llama3.presets import config_of
 
@@ -78,7 +80,7 @@ def test_the_first_process_speaks(alone, together):
     """Text and bar come from the first process, in the order of the prompts; of the file there is one."""
     (_, out, err), (_, _, other_err) = together["text"]
     assert out == "".join(one["prompt"] + one["text"] + "\n" for one in alone["grouped"])
-    assert "generating" in err and "generating" not in other_err
+    assert "generating" in err and other_err == ""
     (_, out, _), (_, other_out, _) = together["file"]
     lines = (together["root"] / "out.jsonl").read_text("utf-8").splitlines()
     assert list(map(json.loads, lines)) == alone["grouped"]
@@ -201,9 +203,60 @@ def test_an_interrupted_run_goes_on(folders, alone, tmp_path):
     assert "already exists; choose another --output" in refuse(*arguments)
 
 
+def test_a_file_is_written_by_one_run_alone(folders, tmp_path):
+    output = tmp_path / "out.jsonl"
+    arguments = ["generate", folders / "grouped", "a", *OPTIONS, "--output", output]
+    with FileLock(f"{output}.partial.lock"):
+        assert f"another run is writing {output}" in refuse(*arguments)
+    assert call(*arguments)[0] == 0 and len(output.read_text("utf-8").splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_what_is_refused_leaves_nothing_behind(folders, tmp_path):
+    """Neither an option out of its range nor a prompt that does not fit begins a file."""
+    model, output, prompts = folders / "grouped", tmp_path / "out.jsonl", tmp_path / "prompts.txt"
+    options = ["--output", output, "--max-new-tokens", 4]
+    assert "--temperature must be between" in refuse("generate", model, "a", *options, "--temperature", 1000)
+    assert "--batch-size must be at least 1, got 0" in refuse("generate", model, "a", *options, "--batch-size", 0)
+    prompts.write_text("short\n" + "ab" * 2**20)
+    assert "must fit the model's context" in refuse("generate", model, "--prompts", prompts, *options)
+    prompts.write_text("")
+    assert "there must be at least one prompt, got none" in refuse("generate", model, "--prompts", prompts, *options)
+    assert list(tmp_path.iterdir()) == [prompts]
+    (tmp_path / "out.jsonl.partial").mkdir()  # of a run that was killed before it wrote
+    prompts.write_text("abc\n")
+    assert call("generate", model, "--prompts", prompts, *options)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.txt"]
+
+
+def test_a_file_belongs_to_one_model(folders, tmp_path):
+    """Two directories of Meta's are two models."""
+    output = tmp_path / "out.jsonl"
+    folder = tmp_path / "out.jsonl.partial"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "complete_from", lambda *arguments: iter([None]))  # stopped as it writes
+        with pytest.raises(AttributeError):
+            call("generate", folders / "grouped-meta", "a", *OPTIONS, "--output", output)
+    assert json.loads((folder / "settings.json").read_text())["model"] == str(folders / "grouped-meta")
+    sentence = refuse("generate", folders / "tied-meta", "a", *OPTIONS, "--output", output)
+    assert f"{folder} was begun with another model; give the same, or remove it" in sentence
+
+
+def test_paths_are_checked_before_loading(folders, tmp_path):
+    model, pipe = folders / "grouped", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "load_model", None)
+        assert "--prompts must name a file, got" in refuse("generate", model, "--prompts", tmp_path / "none")
+        assert "a folder or a pipe" in refuse("generate", model, "--prompts", pipe)
+        assert ". already exists; choose another --output" in refuse("generate", model, "a", "--output", ".")
+
+
 def test_options_that_do_not_go_together(folders, monkeypatch):
     model = folders / "grouped"
     assert "--parallel must be one of" in refuse("generate", model, "a", "--parallel", "both")
     assert "--parallel needs several processes, got 1" in refuse("generate", model, "a", "--parallel", "data")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "2 processes must be told how to share the work" in refuse("generate", model, "a")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert call("generate", model, "a") == (2, "", ""), "one on each machine says so"

@@ -140,16 +140,33 @@ def test_too_little_memory_is_said(folders, tmp_path):
     assert re.search(r"a decoder layer needs \d+ bytes, but the model may take 1000 on cpu", sentence)
 
 
+def test_the_type_that_is_loaded_is_planned(tmp_path):
+    """Weights of two bytes, by the folder's configuration loaded as four."""
+    make_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}))
+    placement = json.loads(call("inspect", tmp_path, "--device-map", "auto", "--json")[1])["placement"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert sum(placement["device_bytes"].values()) == sum(parameter.nbytes for parameter in model.parameters())
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_cache": "maybe"}))
+    assert "config.json cannot be loaded (StrictDataclass" in refuse("inspect", tmp_path, "--device-map", "auto")
+
+
 def test_options_are_checked(folders, tmp_path):
     path = folders / "hf"
     generate = ["generate", path, "a"]
     assert "--device-map must be one of" in refuse(*generate, "--device-map", "best")
-    for wrong in ("2GiB", '{"cpu": "much"}', '{"disk": "1GiB"}', "{}", '["cpu"]', '{"cpu": null}'):
+    for wrong in ("2GiB", '{"cpu": "infGiB"}', '{"cpu": "much"}', '{"disk": "1GiB"}', "{}", '["cpu"]', '{"cpu": null}'):
         assert "--max-memory must be sizes by device" in refuse(
             *generate, "--device-map", "auto", "--max-memory", wrong
         )
     assert "add --device-map auto" in refuse(*generate, "--max-memory", '{"cpu": "1GiB"}')
     assert "add --device-map auto" in refuse("inspect", path, "--plot", tmp_path / "a.png")
+    plot = ["inspect", path, "--device-map", "auto", "--plot"]
+    assert "--plot must end in one of" in refuse(*plot, tmp_path / "a.xyz")
+    assert "could not be written" in refuse(*plot, tmp_path / "none" / "a.png")
+    gaps = ["--device-map", "balanced_low_0", "--max-memory", '{"1": "1GiB", "cpu": "1GiB"}']
+    assert "--max-memory must number GPUs from 0, got [1]" in refuse("inspect", path, *gaps)
     (tmp_path / "file").touch()
     sentence = refuse(*generate, "--device-map", "auto", "--offload-folder", tmp_path / "file")
     assert "could not be written" in sentence and "choose another --offload-folder" in sentence
