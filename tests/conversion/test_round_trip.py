@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_llama3.conversion import convert, inspect, load_meta, verify
+from hf_llama3.conversion.load import LazyTensor
+from hf_llama3.conversion.opening import open_checkpoint
 from hf_llama3.presets import config_of, llama3_scaling
 
 HEADS = {"multi-head": 8, "grouped-query": 4, "multi-query": 1}
@@ -221,3 +223,17 @@ def test_loaded_weights_can_be_trained_without_touching_the_files(tmp_path):
         for weight in model.parameters():
             weight.zero_()
     assert (tmp_path / "meta" / "consolidated.00.pth").read_bytes() == before
+
+
+def test_a_part_of_a_tensor(tmp_path):
+    """What a process asks for is that part of the whole, wherever it is cut: in a shard, across them, in a head."""
+    write_meta(tmp_path / "meta", params(), mp=2)
+    checkpoint = open_checkpoint(tmp_path / "meta")
+    for row in checkpoint.own_rows:
+        lazy = LazyTensor(checkpoint, row)
+        whole = lazy[...]
+        assert list(whole.shape) == lazy.get_shape()
+        for start, stop in ((0, 7), (3, 29), (16, 32), (30, 33), (31, 64), (5, 5), (0, 10**6)):
+            for axis in range(whole.ndim):
+                index = tuple(slice(start, stop) if axis == cut else slice(None) for cut in range(whole.ndim))
+                assert torch.equal(lazy[index], whole[index]), (row.hf, index)
