@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-ROWS_AT_A_TIME = 4096  # of a weight, while it is quantised in float32
+QUANTIZED_AT_A_TIME = 2**18  # elements of a weight, in float32: few enough to stay in a processor's cache
 SPELLED_AT_A_TIME = 512  # output features of an int4 weight: few enough to stay in a processor's caches
 INT4_GROUP = 32  # input features per scale: 128 or 64 read less, 32 loses least
 INT4_BLOCK = 64  # output features that torch packs together
@@ -62,11 +62,11 @@ class Int8Kernel(Kernel):
         self.shape, self.dtype = weight.shape, weight.dtype
         quantized = torch.empty(weight.shape, dtype=torch.int8)
         self.scales = torch.empty(len(weight))  # (O)
-        for start in range(0, len(weight), ROWS_AT_A_TIME):
-            rows = slice(start, start + ROWS_AT_A_TIME)
-            part = weight[rows].detach().float()
-            self.scales[rows] = part.abs().amax(1).clamp_min(1e-30) / 127
-            quantized[rows] = (part / self.scales[rows, None]).round()
+        for rows in row_blocks(weight):
+            part = weight[rows].detach().to(torch.float32, copy=True)
+            scales = part.abs().amax(1).div_(127).clamp_min_(1e-30)
+            self.scales[rows] = scales
+            quantized[rows] = part.div_(scales[:, None]).round_()
         self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
         self.packed = torch.ops.onednn.qlinear_prepack(quantized, None)
         self.num_bytes = quantized.numel() + 4 * len(weight)
@@ -74,8 +74,7 @@ class Int8Kernel(Kernel):
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.flatten(0, -2)  # (N, I)
-        scales = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True, dtype=torch.float32)
-        scales = scales.div_(127).clamp_min_(1e-30)  # (N, 1)
+        scales = rows.abs().amax(-1, keepdim=True).float().div_(127).clamp_min_(1e-30)  # (N, 1)
         quantized = (rows / scales).round_().to(torch.int8)
         one_scale, dtype = (float(scales), self.dtype) if len(rows) == 1 else (1.0, torch.float32)
         how = (self.packed, self.scales, self.zero_points, None, 1.0, 0, dtype, "none", [], "")
@@ -97,17 +96,16 @@ class Int4Kernel(Kernel):
     def __init__(self, weight: torch.Tensor):
         self.shape, self.dtype = weight.shape, weight.dtype
         groups = weight.shape[1] // INT4_GROUP
-        levels = torch.empty(weight.shape, dtype=torch.int32)
+        self.packed = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8)
         self.scales_and_middles = torch.empty(groups, len(weight), 2, dtype=torch.bfloat16)  # (I / G, O, 2)
-        for start in range(0, len(weight), ROWS_AT_A_TIME):
-            rows = slice(start, start + ROWS_AT_A_TIME)
-            part = weight[rows].detach().float().unflatten(1, (groups, INT4_GROUP))
+        for rows in row_blocks(weight):
+            part = weight[rows].detach().to(torch.float32, copy=True).unflatten(1, (groups, INT4_GROUP))
             low, high = part.amin(2, keepdim=True), part.amax(2, keepdim=True)
             scales = ((high - low) / 15).clamp_min(1e-6).bfloat16()
             middles = (low + 8 * scales.float()).bfloat16()  # what level 8 stands for
-            levels[rows] = ((part - middles.float()) / scales.float() + 8).round_().clamp_(0, 15).flatten(1).int()
+            levels = part.sub_(middles).div_(scales).add_(8).round_().clamp_(0, 15).flatten(1).int()
+            self.packed[rows] = torch._convert_weight_to_int4pack_for_cpu(levels, 1)
             self.scales_and_middles[:, rows] = torch.cat([scales, middles], 2).transpose(0, 1)
-        self.packed = torch._convert_weight_to_int4pack_for_cpu(levels, 1)
         self.num_bytes = self.packed.numel() + 2 * self.scales_and_middles.numel()
         self.multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
@@ -133,6 +131,12 @@ class Int4Kernel(Kernel):
         scales, middles = scales_and_middles.permute(3, 1, 0, 2).unsqueeze(3).contiguous()  # (B, I / G, 1, 64)
         blocks = torch.addcmul(middles, levels.bfloat16(), scales)
         return blocks.permute(1, 2, 0, 3).reshape(self.shape[1], -1)
+
+
+def row_blocks(weight: torch.Tensor) -> list[slice]:
+    """Cut the output features into slices that stay in a processor's cache while they are quantised."""
+    step = max(QUANTIZED_AT_A_TIME // weight.shape[1] // INT4_BLOCK, 1) * INT4_BLOCK
+    return [slice(start, start + step) for start in range(0, len(weight), step)]
 
 
 def read_int4(packed: torch.Tensor, size: int) -> torch.Tensor:
