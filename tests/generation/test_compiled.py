@@ -1,12 +1,14 @@
 """`optimize(compile=True)`: the tokens of the plain model, compiled once."""
 
+from unittest import mock
+
 import pytest
 import torch
 from small import CLASSES, make_model, prompts
 from torch._dynamo.utils import counters
 
 import hf_llama3
-from hf_llama3.generation.compiled import prepare_static_cache
+from hf_llama3.generation.compiled import is_worth_it, prepare_static_cache
 
 SHAPES = [(1, 7), (2, 9), (1, 30), (4, 50), (3, 300)]
 
@@ -35,6 +37,28 @@ def test_the_step_is_compiled(compiled):
     with torch.profiler.profile() as profile:
         compiled.generate(prompts(), max_new_tokens=12, do_sample=False)
     assert sum(event.name == "hf_llama3::packed_linear" for event in profile.events()) == 11 * 15
+
+
+@pytest.mark.parametrize(
+    ("rows", "how", "is_compiled"),
+    [
+        (4, {"max_new_tokens": 12}, True),
+        (4, {"max_length": 512}, True),
+        (4, {"max_new_tokens": 504}, False),
+        (4, {"max_length": 513}, False),
+        (5, {"max_new_tokens": 12}, False),
+        (2, {"max_new_tokens": 12, "num_beams": 3}, False),
+        (2, {"max_new_tokens": 12, "num_return_sequences": 3}, False),
+    ],
+)
+def test_what_is_compiled_on_a_cpu(rows, how, is_compiled, compiled):
+    """Few short rows, however the prompt is given; for others the step that is not compiled is the faster one."""
+    prompt = prompts(rows, 9)
+    for args, more in (((prompt,), {}), ((), {"input_ids": prompt}), ((), {"inputs": prompt})):
+        assert is_worth_it(compiled, how | more, *args) is is_compiled
+    with mock.patch.object(type(compiled), "generate") as generate:
+        compiled.generate(prompt, **how)
+    assert ("compile_config" in generate.call_args.kwargs) is is_compiled
 
 
 @pytest.mark.parametrize(
