@@ -326,7 +326,7 @@ def test_prompt_beyond_the_context(talker):
     [
         ([], "give either a prompt or --prompts with a file"),
         (["hi", "--prompts", "x"], "give either a prompt or --prompts with a file"),
-        (["--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--prompts", "nowhere.txt"], "--prompts must name a file, got nowhere.txt, where there is nothing"),
         (["hi", "--dtype", "float8_e4m3fn"], "--dtype must be one of ('auto', 'float32', 'bfloat16', "),
         (["hi", "--max-new-tokens", 0], "--max-new-tokens must be between 1 and inf, got 0"),
         (["hi", "--temperature", -1], "--temperature must be between 0 and 100, got -1"),
@@ -334,7 +334,7 @@ def test_prompt_beyond_the_context(talker):
         (["hi", "--top-p", 2], "--top-p must be between 1e-06 and 1, got 2"),
         (["hi", "--seed", -1], "--seed must be between 0 and"),
         (["hi", "--rope-factor", 8], "--rope-factor is for Meta's format"),
-        (["--prompts", "/dev/null"], "there must be at least one prompt, got none"),
+        (["--prompts", "/dev/null"], "got /dev/null, where there is a folder or a pipe"),
     ],
 )
 def test_impossible_generation(options, message, talker):
@@ -443,7 +443,7 @@ def test_output_that_cannot_be_made(tmp_path):
         (b"---\r\nlicense: mit\r\n---\r\n", [], None),
         (b"\xff\xfe", [], "README.md cannot be read as UTF-8 text"),
         (b"", ["--license", "MIT: yes"], "--license must be an identifier as the Hub has it"),
-        (b"", ["--license", "mit", "--output", "/nowhere/card.md"], "/nowhere/card.md cannot be written"),
+        (b"", ["--license", "mit", "--output", "/nowhere/card.md"], "/nowhere/card.md could not be written"),
     ],
 )
 def test_card_of_a_folder_that_people_wrote_in(content, options, message, hf):
