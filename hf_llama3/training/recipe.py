@@ -34,6 +34,7 @@ from .trainer import TextTrainer, WholeCheckpoints
 
 SAMPLE_TOKENS = 100
 FSDP_SINCE = "5.23.0"  # of transformers, whose Trainer takes a model that was divided while it was loaded
+RESUME_SINCE = "5.23.0"  # of transformers: 5.17.0 looks for a device "cpu:0" where several processes share a CPU
 LOGS = 100  # of the loss, over a run
 
 
@@ -88,6 +89,10 @@ def train(
     """
     started, text, output = time.perf_counter(), Path(text), Path(output)
     arguments = make_arguments(output, settings)
+    is_old = Version(transformers.__version__) < Version(RESUME_SINCE)
+    if resume and is_old and arguments.world_size > 1 and arguments.device.type == "cpu":
+        needed = f"--resume in several processes on a CPU needs transformers {RESUME_SINCE} or newer"
+        raise UserError(f"{needed}, got {transformers.__version__}; upgrade it, or go on in one")
     is_first, progress = arguments.process_index == 0, progress and arguments.process_index == 0
     source = source_tokenizer = None
     if settings.source is not None:

@@ -103,9 +103,11 @@ def test_streaming(pair, tokenizer):
 
 def test_continuous_batching(pair):
     rows = [prompts(1, length)[0].tolist() for length in (5, 9, 3, 12, 7)]
+    fields = ContinuousBatchingConfig.__dataclass_fields__
+    size = {"page_size" if "page_size" in fields else "block_size": 16}  # the later name, the earlier one
     how = {
         "generation_config": GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=2),
-        "continuous_batching_config": ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=32),
+        "continuous_batching_config": ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32, **size),
         "progress_bar": False,
     }
     theirs, ours = [
