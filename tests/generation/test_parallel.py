@@ -76,8 +76,8 @@ def test_tokens_are_those_of_one_process(mode, name, form, alone, together):
     assert other_out == ""
 
 
-def test_the_first_process_speaks(alone, together):
-    """Text and bar come from the first process, in the order of the prompts; of the file there is one."""
+def test_decoding_in_parallel_gathers_on_the_first_process(alone, together):
+    """The recipe by which every process decodes its share: text and bar come from the first, in order; one file."""
     (_, out, err), (_, _, other_err) = together["text"]
     assert out == "".join(one["prompt"] + one["text"] + "\n" for one in alone["grouped"])
     assert "generating" in err and other_err == ""
