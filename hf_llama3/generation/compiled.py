@@ -18,15 +18,13 @@ def compile_decoding(model: PreTrainedModel, progress: bool = False):
 
     Lengths and numbers of rows are symbols to the compiled code, but for one row, which is compiled apart; so nothing
     is compiled again when prompts or batches change. What cannot be decoded over a static cache (drafts by an assistant
-    or from the prompt) is decoded as ever, and so is what brings a cache of its own.
+    or from the prompt) is decoded as ever, and so are what brings a cache of its own and, on a CPU, many or long rows.
     """
     on_gpu = model.device.type == "cuda"
     config = CompileConfig(fullgraph=True, dynamic=not on_gpu, mode="reduce-overhead" if on_gpu else "default")
     config._compile_all_devices = True
-    if (
-        "isolate_recompiles" in inspect.signature(torch.compile).parameters
-    ):  # torch 2.13: each model has a limit of its own
-        config.isolate_recompiles = True
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since torch 2.13
+        config.isolate_recompiles = True  # each model has a limit of its own
     model.generate = functools.partial(generate, model, config)
     model._prepare_static_cache = functools.partial(prepare_static_cache, model)
     for rows in tqdm((1, 2), desc="compiling", disable=not progress):

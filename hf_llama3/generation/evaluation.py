@@ -11,6 +11,7 @@ from tqdm import tqdm
 from hf_llama3.errors import UserError
 from hf_llama3.modeling_llama3 import LOGITS_AT_A_TIME
 
+from .optimization import quantization_of
 from .text import check_range
 
 LARGEST_CONTEXT = 2048  # tokens, where nothing is said: a longer context takes longer and predicts better
@@ -77,7 +78,7 @@ def evaluate(model, tokenizer, text, context: int | None = None, progress: bool 
         perplexity=math.exp(loss),
         context=context,
         dtype=str(model.dtype).removeprefix("torch."),
-        quantize=getattr(model, "optimization", None) and model.optimization.quantize,
+        quantize=quantization_of(model),
         seconds=round(time.perf_counter() - started, 1),
     )
 

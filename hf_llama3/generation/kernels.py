@@ -44,7 +44,7 @@ class DenseKernel(Kernel):
     def __init__(self, weight: torch.Tensor):
         self.shape, self.dtype = weight.shape, weight.dtype
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
-        self.num_bytes = weight.numel() * weight.element_size()
+        self.num_bytes = weight.nbytes
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -173,6 +173,12 @@ def refuse_saving(model: PreTrainedModel, *args, **kwargs):
     raise UserError(f"a model quantised to {kind} has no plain weights to save; copy {origin(model)} instead")
 
 
+def quantization_of(model: PreTrainedModel) -> str | None:
+    """Return "int8", "int4", or None where the weights are what they were."""
+    done = model.__dict__.get("optimization")
+    return done and done.quantize
+
+
 def origin(model: PreTrainedModel) -> str:
     """Say where the model was loaded from."""
     return model.name_or_path or "what it was loaded from"

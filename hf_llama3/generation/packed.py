@@ -4,7 +4,7 @@ import itertools
 import weakref
 
 import torch
-from torch import nn
+from torch import library, nn
 from torch.utils._pytree import tree_map_only
 
 from hf_llama3.errors import UserError
@@ -90,15 +90,15 @@ def unpack(linear: PackedLinear):
     del linear.kernel, linear.number, linear.version
 
 
-LIBRARY = torch.library.Library("hf_llama3", "DEF")
-LIBRARY.define("packed_linear(Tensor x, Tensor? bias, int number, int out_features) -> Tensor")
+OPERATORS = library.Library("hf_llama3", "DEF")
+OPERATORS.define("packed_linear(Tensor x, Tensor? bias, int number, int out_features) -> Tensor")
 
 
-@torch.library.impl(LIBRARY, "packed_linear", "CPU")
+@library.impl(OPERATORS, "packed_linear", "CPU")
 def multiply(x, bias, number, out_features):
     return KERNELS[number](x, bias)
 
 
-@torch.library.impl(LIBRARY, "packed_linear", "Meta")
+@library.impl(OPERATORS, "packed_linear", "Meta")
 def describe(x, bias, number, out_features):
     return x.new_empty(*x.shape[:-1], out_features)

@@ -13,8 +13,9 @@ from hf_llama3.conversion.manifest import hash_file, read_json, to_json
 from hf_llama3.conversion.staging import locked, sync, system_errors, write_files
 from hf_llama3.errors import UserError
 
+from .optimization import quantization_of
 from .parallel import Group
-from .text import Completion, check_lengths, check_sampling, generate_text, tokenize
+from .text import Completion, check_lengths, check_sampling, generate_rows, tokenize
 
 SETTINGS_FILE, LINES_FILE = "settings.json", "completions.jsonl"
 BATCHES_AT_A_TIME = 4  # for each process: among so many prompts those of like length are put together
@@ -63,17 +64,18 @@ def complete_from(
 
 def complete_share(model, tokenizer, block, job: Job, batch_size: int, group: Group) -> list[tuple[int, Completion]]:
     """Complete this process's share of numbered prompts: batches of like length, the longest dealt out first."""
-    lengths = dict(zip(block, map(len, tokenize(tokenizer, [prompt for _, prompt in block])), strict=True))
-    ordered = sorted(block, key=lambda entry: (-lengths[entry], entry))
+    rows = tokenize(tokenizer, [prompt for _, prompt in block])
+    tokenized = [(number, prompt, row) for (number, prompt), row in zip(block, rows, strict=True)]
+    ordered = sorted(tokenized, key=lambda entry: (-len(entry[2]), entry[0]))
     size = min(batch_size, -(-len(block) // group.shares))  # of few prompts everyone gets some
     batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     found = []
     for batch in batches[group.share :: group.shares]:
-        numbers, texts = zip(*batch, strict=True)
+        numbers, texts, rows = zip(*batch, strict=True)
         seed = (job.seed + min(numbers)) % 2**32  # or every batch would be sampled by the same chances
         try:
-            completions = generate_text(
-                model, tokenizer, list(texts), job.max_new_tokens, job.temperature, job.top_p, seed, job.stop
+            completions = generate_rows(
+                model, tokenizer, texts, rows, job.max_new_tokens, job.temperature, job.top_p, seed, job.stop
             )
         except torch.OutOfMemoryError as error:
             needed = f"{len(texts)} prompts need more memory than there is ({str(error).splitlines()[0]})"
@@ -131,9 +133,8 @@ def describe(model, prompts: list[str] | Path, job: Job) -> dict:
     """Say what completions follow from."""
     sha256 = hash_file(prompts, "sha256", lambda count: None) if isinstance(prompts, Path) else None
     text = None if isinstance(prompts, Path) else prompts
-    done = getattr(model, "optimization", None)
     name, rope = str(Path(model.name_or_path).resolve()), model.config.rope_parameters
-    settings = {"model": name, "rope": rope, "dtype": str(model.dtype), "quantize": done and done.quantize}
+    settings = {"model": name, "rope": rope, "dtype": str(model.dtype), "quantize": quantization_of(model)}
     return settings | {"prompts": sha256 or text} | asdict(job)
 
 

@@ -107,7 +107,7 @@ def weight_bytes(model) -> int:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             kernel = getattr(module, "kernel", None)
-            total += kernel.num_bytes if kernel is not None else module.weight.numel() * module.weight.element_size()
+            total += kernel.num_bytes if kernel is not None else module.weight.nbytes
     return total
 
 

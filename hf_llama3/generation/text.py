@@ -47,8 +47,15 @@ def generate_text(
     if not prompts:
         raise UserError("there must be at least one prompt, got none")
     rows = tokenize(tokenizer, prompts)
+    check_lengths(model, max(map(len, rows)), max_new_tokens)
+    return generate_rows(model, tokenizer, prompts, rows, max_new_tokens, temperature, top_p, seed, stop)
+
+
+def generate_rows(
+    model, tokenizer, prompts, rows, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop
+) -> list[Completion]:
+    """Do what `generate_text` does for prompts that are checked, and tokenised to `rows`."""
     longest = max(map(len, rows))
-    check_lengths(model, longest, max_new_tokens)
     options = generation_options(model, tokenizer, temperature, top_p)
     padding = options["pad_token_id"]
     set_seed(seed)

@@ -158,12 +158,12 @@ def test_a_lost_process_ends_all(folders, tmp_path):
     script.write_text(
         "import os, signal\n"
         "from hf_llama3.generation import prompts\n"
-        "original = prompts.generate_text\n"
+        "original = prompts.generate_rows\n"
         "def killed(*arguments):\n"
         "    if os.environ['RANK'] == '1':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return original(*arguments)\n"
-        "prompts.generate_text = killed\n"
+        "prompts.generate_rows = killed\n"
         "from hf_llama3.cli import main\n"
         "main()\n"
     )
@@ -171,6 +171,26 @@ def test_a_lost_process_ends_all(folders, tmp_path):
     result = torchrun(script, *arguments)
     assert result.returncode and "Signal 9 (SIGKILL)" in result.stderr
     assert "Traceback" not in result.stderr.split("torch/distributed")[0], result.stderr
+
+
+def test_a_silent_process_ends_all(folders, tmp_path):
+    """One never comes to the exchange: after the time-out the other says so."""
+    script = tmp_path / "silent.py"
+    script.write_text(
+        "import datetime, os, time\n"
+        "from hf_llama3.generation import parallel, prompts\n"
+        "parallel.TIMEOUT = datetime.timedelta(seconds=3)\n"
+        "original = prompts.generate_rows\n"
+        "prompts.generate_rows = lambda *these: time.sleep(200) if os.environ['RANK'] == '1' else original(*these)\n"
+        "from hf_llama3.cli import main\n"
+        "main()\n"
+    )
+    started = time.perf_counter()
+    arguments = ["generate", folders / "grouped", "--prompts", folders / "prompts.txt", *OPTIONS, "--parallel", "data"]
+    result = torchrun(script, *arguments)
+    assert result.returncode and time.perf_counter() - started < 150
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and "another process was lost" in lines[0], result.stderr
 
 
 def test_an_interrupted_run_goes_on(folders, alone, tmp_path):
