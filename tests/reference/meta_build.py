@@ -13,6 +13,7 @@ for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.fu
     sys.modules[name] = ModuleType(name)  # of the vision models, which are not built here
 sys.modules["torchvision.transforms"].functional = sys.modules["torchvision.transforms.functional"]
 
+import torch.distributed  # noqa: E402
 from models.llama3.chat_format import LLMInput  # noqa: E402
 from models.llama3.generation import Llama3  # noqa: E402
 
@@ -26,3 +27,5 @@ for prompt in prompts:
     steps = llama.generate([LLMInput(tokens=prompt)], temperature=0, max_gen_len=new_tokens)
     continuations.append([results[0].token for results in steps])
 print(json.dumps(continuations))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # its threads, else, may still run when the process ends

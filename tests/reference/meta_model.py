@@ -36,4 +36,5 @@ for _ in range(new_tokens):
     step = model(row[:, -1:], row.shape[1] - 1)
 if rank == 0:
     save_file({"logits": logits.contiguous(), "greedy": row.contiguous()}, output_path)
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
