@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint
 from .manifest import CHECKLIST, CHECKSUMS, byte_bar, check_sums, format_sums, hash_file
 from .opening import open_checkpoint
 from .plan import DEFAULT_SHARD_SIZE, Plan, PlannedFile, plan_hf, plan_meta
+from .provenance import PROVENANCE, make_provenance
 from .staging import check_target, finish, staging, sync, write_files
 from .storage import BY_NAME, SourceFile, write_all
 from .verify import VerificationReport, verify_checkpoints
@@ -178,6 +179,8 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, pr
         written = open_checkpoint(folder, unfinished=True)
         report.verification = prove(plan, written, folder, progress)
         report.verification.target = report.target
+    elif plan.to == "hf":
+        write_files(folder, {PROVENANCE: make_provenance(plan, None)})
     report.files = {name: path.stat().st_size for name, path in files_in(folder).items()}
 
 
@@ -256,6 +259,9 @@ def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool) -> Veri
         verification = verify_checkpoints(plan.source, written, progress, plan.cast)
         if not verification.ok:
             raise UserError(f"{folder} differs from its source in {verification.differences[0]}; please report this")
+        if plan.to == "hf":
+            write_files(folder, {PROVENANCE: make_provenance(plan, verification)})
+            futures[CHECKSUMS][PROVENANCE] = pool.submit(hash_file, folder / PROVENANCE, "sha256", bar.update)
         for list_name, sums in futures.items():
             content = format_sums({name: future.result() for name, future in sums.items()})
             write_files(folder, {list_name: content})

@@ -13,6 +13,7 @@ from hf_llama3.errors import UserError
 
 TRAINING_FACTS = "training.json"  # what training leaves in a model's folder, for its card
 CURVES_FILE = "curves.png"  # its losses, as a picture
+EVALUATIONS = "evaluations.json"  # what `evaluate --record` measured, for the card
 CHECKLIST = "checklist.chk"  # Meta's: an MD5 for each file, as `md5sum` writes it
 CHECKSUMS = "SHA256SUMS"  # ours: as `sha256sum` writes it
 HEX_DIGITS = {32: "md5", 64: "sha256"}  # some lists under Meta's name hold the longer kind
