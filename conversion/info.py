@@ -1,7 +1,9 @@
 """What `inspect` tells of a checkpoint before anything is converted or loaded."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from .checkpoint import Checkpoint
+from .hub import described
 from .opening import open_checkpoint
 
 
@@ -30,12 +32,17 @@ class CheckpointInfo:
 
 
 def inspect(path, rope_factor: float | None = None) -> CheckpointInfo:
-    """Open a checkpoint of either format and say what it is.
+    """Open a checkpoint of either format and say what it is; of one on the Hub only the headers are fetched.
 
     Raises:
         UserError: it is neither, damaged, contradicts itself, or needs `rope_factor`.
     """
-    checkpoint = open_checkpoint(path, rope_factor)
+    with described(path) as folder:
+        info = describe(open_checkpoint(folder, rope_factor))
+        return replace(info, path=info.path.replace(str(folder), str(path)))
+
+
+def describe(checkpoint: Checkpoint) -> CheckpointInfo:
     stored = {id(tensor): tensor for tensors in checkpoint.tensors.values() for tensor in tensors}.values()
     return CheckpointInfo(
         path=str(checkpoint.path),

@@ -57,6 +57,7 @@ def load_meta(path, *, rope_factor: float | None = None, **kwargs) -> Llama3ForC
     """Load a directory of Meta's, of any number of shards, as `Llama3ForCausalLM`.
 
     Args:
+        path: its folder, or a name on the Hub as `owner/name` or `owner/name/original`, with `@revision` after either.
         rope_factor: see `convert`.
         kwargs: for `from_pretrained`, fields of the configuration among them; `dtype` is the files' own if omitted.
 

@@ -1,11 +1,13 @@
 """Which format a folder is in, and how it is opened."""
 
+import os
 from pathlib import Path
 
 from hf_llama3.errors import UserError
 
 from .checkpoint import Checkpoint
 from .hf_checkpoint import open_hf
+from .hub import fetch
 from .meta_checkpoint import PARAMS_FILE, SHARD_GLOBS, open_meta
 from .staging import is_unfinished
 from .tokenizer import VERSIONS
@@ -22,16 +24,17 @@ def open_checkpoint(
     """Open a checkpoint of either format by what lies in its folder; None means to infer.
 
     Args:
+        path: a folder, or a name on the Hub, which is fetched first (see `hub`).
         unfinished: whether it may be one that is still being written.
 
     Raises:
         UserError: it is neither format, damaged, contradicts itself, or needs a flag.
     """
-    folder = locate(Path(path))
     if llama_version is not None and llama_version not in VERSIONS:
         raise UserError(f"--llama-version must be one of {VERSIONS}, got {llama_version!r}")
     if rope_factor is not None and not 1 <= rope_factor < float("inf"):
         raise UserError(f"--rope-factor must be a number of at least 1, got {rope_factor}")
+    folder = locate(fetch(path))
     if is_unfinished(folder.resolve()) and not unfinished:
         raise UserError(f"{folder} is not finished; run the command that was writing it again")
     if not (folder / "config.json").exists():
@@ -54,6 +57,8 @@ def locate(path: Path) -> Path:
         raise UserError(f"{path} {reason}; pass the folder of a checkpoint") from error
     if not path.is_dir():
         raise UserError(f"{path} is a file; pass the folder that holds it, {path.parent}")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"{path} cannot be opened: Permission denied; run as a user who may read it")
     if (path / "config.json").exists() or (path / PARAMS_FILE).exists():
         return path
     if (path / "original" / PARAMS_FILE).exists():
@@ -65,6 +70,10 @@ def locate(path: Path) -> Path:
         raise UserError(
             f"{path} holds {shards[0].name} but no {PARAMS_FILE}; pass the folder that Meta's download made"
         )
-    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:4]) or "nothing"
+    entries = sorted(path.iterdir())
+    found = ", ".join(entry.name for entry in entries[:4]) or "nothing"
+    signs = ("config.json", PARAMS_FILE)
+    within = [entry for entry in entries if any(os.access(entry / sign, os.R_OK) for sign in signs)]
+    remedy = f"; pass {within[0]}" if within else ""
     formats = f"a Hugging Face folder (config.json) nor one of Meta's ({PARAMS_FILE})"
-    raise UserError(f"{path} is neither {formats}; it holds {found}")
+    raise UserError(f"{path} is neither {formats}; it holds {found}{remedy}")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
@@ -19,20 +20,42 @@ from .training.settings import PRESETS, Settings, make_settings
 
 app = typer.Typer(
     help="Llama 3 as a Hugging Face model package, and the bridge to Meta's checkpoint format.",
-    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+UsageError = typer.BadParameter.__base__  # click's, which typer carries under names that change
+
+
+def one_of(*names: str) -> dict:
+    """Make an option complete to these names on Tab; what is nearly one of them is asked about."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    def check(option: typer.CallbackParam, value):
+        near = get_close_matches(str(value).lower(), names, 1, cutoff=0.8)
+        if near and value not in names:
+            raise UserError(f"{option.opts[0]} has no {value!r}; did you mean {near[0]!r}?")
+        return value
+
+    return {"autocompletion": complete, "callback": check}
+
 
 SETTINGS = {field.name for field in fields(Settings)}
-ModelArgument = Annotated[str, typer.Argument(help="Folder of either format, or a name on the Hub.")]
-DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
-QuantizeOption = Annotated[str | None, typer.Option(help=f"Weights of {' or '.join(QUANTIZATIONS)}.")]
+HUB_NAME = "owner/name on the Hub, which @revision may follow"
+ModelArgument = Annotated[str, typer.Argument(help=f"Folder of either format, or {HUB_NAME}.")]
+DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.", **one_of(*DTYPES))]
+QuantizeOption = Annotated[
+    str | None, typer.Option(help=f"Weights of {' or '.join(QUANTIZATIONS)}.", **one_of(*QUANTIZATIONS))
+]
 CompileFlag = Annotated[bool, typer.Option("--compile", help="Decode by a compiled step; to compile takes a minute.")]
 RopeOption = Annotated[float | None, typer.Option(help="Of a directory of Meta's, where no file says it.")]
 MaxNewOption = Annotated[int, typer.Option(help="At most, for each prompt.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token each time.")]
 TopPOption = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.")]
-DeviceMapOption = Annotated[str | None, typer.Option(help=f"Layers over devices: {', '.join(DEVICE_MAPS)}.")]
+DeviceMapOption = Annotated[
+    str | None, typer.Option(help=f"Layers over devices: {', '.join(DEVICE_MAPS)}.", **one_of(*DEVICE_MAPS))
+]
 MemoryOption = Annotated[str | None, typer.Option(help='JSON: what each device may take, as {"0": "20GiB"}.')]
 SeedOption = Annotated[int, typer.Option(help="Of the sampling.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
@@ -43,9 +66,13 @@ def main():
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its number
     try:
-        app()
+        sys.exit(app(prog_name="hf-llama3", standalone_mode=False))
     except UserError as error:
         sys.exit(fail(str(error)))
+    except UsageError as error:
+        sys.exit(fail(describe(error)))
+    except typer.Abort:
+        sys.exit("Aborted!")
 
 
 def fail(message: str) -> int:
@@ -56,6 +83,13 @@ def fail(message: str) -> int:
     process = "" if is_first_process() else f" (process {os.environ['RANK']})"
     print(f"error{process}: {message}", file=sys.stderr)
     return 2
+
+
+def describe(error: UsageError) -> str:
+    """Return what is wrong with a command as it was typed, and what to type instead."""
+    message = error.format_message()
+    example = error.ctx and error.ctx.command.epilog
+    return f"{message}{'' if message.endswith(('.', '?')) else '.'} {example or 'Try: hf-llama3 --help'}"
 
 
 def is_first_process() -> bool:
@@ -69,10 +103,15 @@ def command(example: str):
 
 
 @app.callback(invoke_without_command=True)
-def options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False):
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+):
     if version:
         print(f"hf-llama3 {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @command("hf-llama3 quickstart --output quickstart")
@@ -90,26 +129,33 @@ def quickstart(
 
 @command("hf-llama3 inspect Meta-Llama-3-8B/original")
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of either format.")],
+    path: ModelArgument,
     rope_factor: Annotated[float | None, typer.Option(help="RoPE factor, where no file says it.")] = None,
     device_map: DeviceMapOption = None,
     max_memory: MemoryOption = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture to draw of what --device-map makes.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture to draw: parameters by part; with --device-map, what goes where.")
+    ] = None,
     as_json: JsonFlag = False,
 ):
     """Say what a checkpoint is, what had to be inferred, and where its layers would go (--device-map)."""
     from .conversion import inspect
 
     info = inspect(path, rope_factor).to_dict()
-    placement = None
+    placement = note = None
     if device_map is not None:
         from .generation.placement import place_checkpoint, plot_placement
 
         placement = place_checkpoint(path, rope_factor, device_map, max_memory)
-        if plot is not None and (note := plot_placement(placement, plot)):
-            print(f"Note: {note}", file=sys.stderr)
-    elif max_memory is not None or plot is not None:
-        raise UserError("--max-memory and --plot say more of --device-map; add --device-map auto")
+        note = plot_placement(placement, plot) if plot else None
+    elif max_memory is not None:
+        raise UserError("--max-memory says more of --device-map; add --device-map auto")
+    elif plot is not None:
+        from .conversion.parts import plot_parts
+
+        note = plot_parts(path, rope_factor, plot)
+    if note:
+        print(f"Note: {note}", file=sys.stderr)
     if as_json:
         print_json(info | ({"placement": placement.to_dict()} if placement else {}))
         return
@@ -122,12 +168,19 @@ def inspect(
 
 @command("hf-llama3 convert Meta-Llama-3-8B/original llama-3-8b")
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of either format; it is not changed.")],
+    source: Annotated[str, typer.Argument(help=f"Folder of either format, which is not changed, or {HUB_NAME}.")],
     target: Annotated[Path, typer.Argument(help="Folder to make.")],
-    to: Annotated[str | None, typer.Option(help="hf or meta; the format that SOURCE is not, if omitted.")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="hf or meta; the format that SOURCE is not, if omitted.", **one_of("hf", "meta"))
+    ] = None,
     mp: Annotated[int | None, typer.Option(help="Model-parallel shards of a Meta target.")] = None,
     model_type: Annotated[
-        str | None, typer.Option("--as", help="llama (default): every tool reads it; llama3: our type, with its code.")
+        str | None,
+        typer.Option(
+            "--as",
+            help="llama (default): every tool reads it; llama3: our type, with its code.",
+            **one_of("llama", "llama3"),
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Type to cast to; every tensor keeps its own if omitted.")] = None,
     rope_factor: Annotated[float | None, typer.Option(help="RoPE factor, where no file says it.")] = None,
@@ -205,7 +258,9 @@ def default(name: str) -> str:
 def train(
     text: Annotated[Path, typer.Option(help="Text in UTF-8, of any size.")],
     output: Annotated[Path, typer.Option(help="Model folder to make.")],
-    preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}; options add to it.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(PRESETS)}; options add to it.", **one_of(*PRESETS))
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help=f"char, bpe:N (N tokens), or a folder with one. {default('tokenizer')}")
     ] = None,
@@ -253,7 +308,7 @@ def train(
     """Train a Llama 3 on a text and leave a model folder; several processes: torchrun -m hf_llama3 train ..."""
     options = {name: value for name, value in locals().items() if name in SETTINGS}
     settings = make_settings(preset, **options)
-    from .model_card import build_card, check_license
+    from .model_card import build_card, check_license, write_card
     from .training import train
 
     if license is not None:
@@ -294,7 +349,9 @@ def generate(
     device_map: DeviceMapOption = None,
     max_memory: MemoryOption = None,
     offload_folder: Annotated[Path | None, typer.Option(help="For weights that fit on no device.")] = None,
-    parallel: Annotated[str | None, typer.Option(help=f"Under torchrun: {', '.join(PARALLEL)}.")] = None,
+    parallel: Annotated[
+        str | None, typer.Option(help=f"Under torchrun: {', '.join(PARALLEL)}.", **one_of(*PARALLEL))
+    ] = None,
     as_json: JsonFlag = False,
 ):
     """Complete a prompt, or each line of a file; on several devices by --device-map, or torchrun and --parallel."""
@@ -374,14 +431,25 @@ def evaluate(
     dtype: DtypeOption = "auto",
     rope_factor: RopeOption = None,
     quantize: QuantizeOption = None,
+    keep: Annotated[bool, typer.Option("--record", help="Put the result into the folder, for its card.")] = False,
+    benchmark: Annotated[
+        str | None, typer.Option(help="With --record: the text is OWNER/DATASET:TASK, a benchmark on the Hub.")
+    ] = None,
     as_json: JsonFlag = False,
 ):
     """Measure how well a model predicts a text: loss in nats and perplexity, per token."""
     from .generation import evaluate, load_model
+    from .generation.record import check_record, record
 
+    if benchmark is not None and not keep:
+        raise UserError("--benchmark says what --record puts down; add --record")
+    if keep:
+        check_record(model, benchmark)
     loaded, tokenizer = load_model(model, dtype, rope_factor, False, quantize)
-    report = evaluate(loaded, tokenizer, text, context, progress=True).to_dict()
-    print_json(report) if as_json else print_table(report)
+    report = evaluate(loaded, tokenizer, text, context, progress=True)
+    if keep:
+        record(report, benchmark)
+    print_json(report.to_dict()) if as_json else print_table(report.to_dict())
 
 
 @command("hf-llama3 card runs/shakespeare --license apache-2.0")
@@ -391,20 +459,67 @@ def card(
     output: Annotated[Path | None, typer.Option(help="File to write; standard output if omitted.")] = None,
 ):
     """Make the model card of a folder from what its files say."""
-    from .model_card import build_card
+    from .model_card import build_card, write_card
 
-    content = build_card(folder, license)
+    content = build_card(folder, license, progress=True)
     if output is None:
         print(content, end="")
         return
     write_card(output, content)
 
 
-def write_card(path: Path, content: str):
-    from .conversion.staging import system_errors
+@command("hf-llama3 doctor")
+def doctor(as_json: JsonFlag = False):
+    """Say what is installed, what this machine has, and what to type where something is missing; exit 1 if it is."""
+    from .doctor import examine
 
-    with system_errors(path, "choose another file"):
-        path.write_text(content, "utf-8")
+    report = examine()
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_table(report.table())
+        print_list("Optional", report.advice)
+        print_list("Problem", report.problems)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@command("hf-llama3 push runs/shakespeare my-name/tiny-shakespeare --license apache-2.0 --dry-run")
+def push(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made where it does not exist.")],
+    license: Annotated[str | None, typer.Option(help="As the Hub knows it; the folder's own if omitted.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, or a pull request as refs/pr/1.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print what would be uploaded.")] = False,
+    as_json: JsonFlag = False,
+):
+    """Check a folder, make its card, and upload what belongs to the model; the same command goes on."""
+    from .model_card import publish
+
+    report = publish(
+        folder,
+        repo_id,
+        license=license,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        dry_run=dry_run,
+        progress=True,
+    ).to_dict()
+    if as_json:
+        print_json(report)
+        return
+    files, left_out, notes = report.pop("files"), report.pop("left_out"), report.pop("notes")
+    print_table(report)
+    for name, size in files.items():
+        print(f"{size:>15,}  {name}")
+    print_list("Left out", left_out)
+    print_list("Note", notes)
+    if not dry_run:
+        at = f", revision={report['revision']!r}" if report["revision"] else ""
+        print(f'\nAutoModelForCausalLM.from_pretrained("{repo_id}"{at})')
 
 
 def print_json(value):

@@ -28,6 +28,7 @@ def quickstart(output, text=None) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .conversion import convert, verify
+    from .conversion.staging import system_errors
     from .generation import generate_text
     from .model_card import build_card
     from .training import Settings, train
@@ -38,9 +39,10 @@ def quickstart(output, text=None) -> None:
     check_free(output)
     hf, meta, again = output / "hf", output / "meta", output / "hf-again"
     if text is None:
-        output.mkdir(parents=True, exist_ok=True)
         text = output / "text.txt"
-        text.write_text(python_documentation(), "utf-8")
+        with system_errors(output, "choose another --output"):
+            output.mkdir(parents=True, exist_ok=True)
+            text.write_text(python_documentation(), "utf-8")
     survey(Path(text))  # before anything is made
 
     say(f"1. Train a tokenizer and a small Llama 3 on {text}")

@@ -1,5 +1,7 @@
-"""A model card from facts: what the folder's files say, and nothing else."""
+"""A model card from facts, and a folder with its card onto the Hub."""
 
-from .card import build_card, check_license
+from .card import build_card, write_card
+from .licenses import check_license
+from .publish import publish
 
-__all__ = ["build_card", "check_license"]
+__all__ = ["build_card", "check_license", "publish", "write_card"]

@@ -1,55 +1,171 @@
 """Facts from a model folder, put into the template; a fact that no file tells is left out."""
 
 import math
-import re
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
 from hf_llama3 import __version__
-from hf_llama3.conversion import inspect
-from hf_llama3.conversion.manifest import CURVES_FILE, TRAINING_FACTS, read_json
+from hf_llama3.conversion import CheckpointInfo, inspect
+from hf_llama3.conversion.manifest import (
+    CHECKSUMS,
+    CURVES_FILE,
+    EVALUATIONS,
+    TRAINING_FACTS,
+    byte_bar,
+    hash_file,
+    read_json,
+    read_sums,
+)
+from hf_llama3.conversion.provenance import name_of, read_provenance
+from hf_llama3.conversion.staging import finish, system_errors
 from hf_llama3.errors import UserError
+from hf_llama3.presets import VOCAB_SIZE
 
-LICENSE_LINE = re.compile(r"^license: *(\S+) *$", re.MULTILINE)
-LICENSE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
+from .front_matter import check_card, read_front_matter, split_card, write_front_matter
+from .licenses import META, check_license, license_of_meta
+
+CARD = "README.md"
+YOURS = ("<!-- Yours: what stands from here -->", "<!-- to here is kept when the card is made again. -->")
 NEEDED_FACTS = {"text", "steps", "batch_size", "context", "first_loss", "validation_loss", "vocab_size"}
+NEEDED_RESULTS = {"text", "tokens", "loss", "perplexity", "context", "dtype", "quantize", "command", "hf_llama3"}
+HASHED = ("*.safetensors", "config.json", "tokenizer.json", "*.py")  # what the card tells the hash of
 
 
-def build_card(folder, license: str | None = None) -> str:
-    """Make the model card of a Hugging Face folder.
+def build_card(folder, license: str | None = None, repo_id: str | None = None, progress: bool = False) -> str:
+    """Make the model card of a Hugging Face folder; what a person wrote in the one that is there is kept.
 
     Args:
-        license: identifier as the Hub knows it; omitted, the one that the folder's README.md has.
+        license: identifier as the Hub knows it; omitted, the one that the folder's README.md has, or that of Meta's
+            weights where the model has their shape.
+        repo_id: name that the card's commands load; the folder's if omitted.
+        progress: show a bar while files are hashed.
 
     Raises:
-        UserError: the folder holds no model, or no licence was ever given.
+        UserError: the folder holds no model, its card is damaged, or no licence was ever given.
     """
     folder = Path(folder)
-    info = inspect(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; pass the one of a model, as train and convert make it")
+    info, existing = inspect(folder), read_card(folder / CARD)
     if info.format != "hf":
         raise UserError(f"{folder} is in Meta's format; convert it first, then make the card of the new folder")
-    license = license or read_license(folder / "README.md")
+    written, provenance = read_front_matter(existing, folder / CARD), read_provenance(folder)
+    version = provenance["llama_version"] if provenance else info.llama_version
+    license = license or written.get("license") or license_of_meta(info, version)
     if license is None:
         raise UserError(f"{folder} has no licence yet; add --license with the one you choose, such as apache-2.0")
-    check_license(license)
+    for identifier in [license] if isinstance(license, str) else license:
+        check_license(identifier)
+    training = read_training(folder / TRAINING_FACTS)
+    front_matter = {"license": license, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    front_matter |= base_model_of(provenance, training)
+    tags = ["llama", *(["llama-3"] if version != "2" else [])]
+    front_matter |= {key: value for key, value in written.items() if key != "license"}
+    front_matter["tags"] = [*tags, *(tag for tag in as_list(written.get("tags")) if tag not in tags)]
     template = (Path(__file__).parent / "template.md").read_text("utf-8")
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    return environment.from_string(template).render(
-        name=folder.resolve().name,
-        license=license,
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
+    environment.filters |= {"size": format_size, "number": lambda value: f"{value:,}"}
+    card = write_front_matter(front_matter) + environment.from_string(template).render(
+        name=repo_id or folder.resolve().name,
+        terms=META.get(license) if isinstance(license, str) else None,
+        yours="\n".join((YOURS[0], yours_in(existing, folder / CARD) or "", YOURS[1])),
         info=info,
+        version=version,
+        non_embedding=info.num_parameters - embeddings_of(info),
         own_type=(folder / "modeling_llama3.py").exists(),
-        training=read_training(folder / TRAINING_FACTS),
+        tokenizer=tokenizer_of(folder, info.config),
+        is_metas_vocabulary=version != "2" and info.config["vocab_size"] == VOCAB_SIZE,
+        memory=memory_of(info),
+        provenance=provenance,
+        training=training,
         curves=CURVES_FILE if (folder / CURVES_FILE).exists() else None,
-        version=__version__,
+        evaluations=read_evaluations(folder / EVALUATIONS),
+        files=files_of(folder, progress),
+        package=__version__,
     )
+    check_card(card, folder / CARD)
+    return card
 
 
-def check_license(license: str):
-    """Raise unless a licence is written as the Hub writes them."""
-    if not LICENSE_NAME.fullmatch(license):
-        raise UserError(f"--license must be an identifier as the Hub has it, such as apache-2.0, got {license!r}")
+def read_card(path: Path) -> str:
+    """Return the card that is there, or an empty text."""
+    if not path.exists():
+        return ""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text; mend or remove it") from error
+
+
+def yours_in(content: str, path: Path) -> str | None:
+    """Return what a person wrote between the marks of a card; None where it has none.
+
+    Raises:
+        UserError: only one of the marks is there, or one stands twice.
+    """
+    counts = [content.count(mark) for mark in YOURS]
+    if counts == [0, 0]:
+        return None
+    if counts != [1, 1] or content.index(YOURS[0]) > content.index(YOURS[1]):
+        raise UserError(f"{path} must hold the lines {YOURS[0]} and {YOURS[1]} once each, in this order; mend them")
+    return content.split(YOURS[0])[1].split(YOURS[1])[0].strip("\n")
+
+
+def is_made_here(content: str) -> bool:
+    """Tell whether a card can be made again without losing what a person wrote: it has the marks, or no text."""
+    return YOURS[0] in content or not split_card(content)[1].strip()
+
+
+def as_list(value) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def base_model_of(provenance: dict | None, training: dict | None) -> dict:
+    """Return the keys that name what the model was made from, where that has a name on the Hub."""
+    if training and training["source"]:
+        source = name_of(Path(training["source"]))
+        return {"base_model": source, "base_model_relation": "finetune"} if "/" in source else {}
+    if provenance and "/" in provenance["source"]:
+        return {"base_model": provenance["source"]}
+    return {}
+
+
+def embeddings_of(info: CheckpointInfo) -> int:
+    """Count the parameters of the embedding, and of the head where it is one of its own."""
+    return info.config["vocab_size"] * info.config["hidden_size"] * (1 if info.tied else 2)
+
+
+def memory_of(info: CheckpointInfo) -> dict[str, float]:
+    """Return bytes: of the weights in bf16, int8 and int4 (embedding in bf16), and of the bf16 cache for a token."""
+    embedding = info.config["vocab_size"] * info.config["hidden_size"]
+    others = info.num_parameters - (0 if info.tied else embedding)  # of a tied embedding, the head is a copy
+    head_dim = info.config.get("head_dim") or info.config["hidden_size"] // info.config["num_attention_heads"]
+    return {
+        "bf16": 2 * info.num_parameters,
+        "int8": 2 * embedding + others,
+        "int4": 2 * embedding + others / 2,
+        "token": 2 * 2 * info.config["num_hidden_layers"] * info.config["num_key_value_heads"] * head_dim,
+    }
+
+
+def format_size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def tokenizer_of(folder: Path, config: dict) -> str | None:
+    """Say of which kind a tokenizer is, and how it writes what begins and ends texts."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    tokenizer = read_json(path)
+    tokens = [token for token in tokenizer.get("added_tokens", []) if isinstance(token, dict)]
+    names = {token.get("id"): token.get("content") for token in tokens}
+    facts = [str(tokenizer.get("model", {}).get("type"))]
+    for title, key in (("begins with", "bos_token_id"), ("ends with", "eos_token_id")):
+        if found := [f"`{names[token]}`" for token in as_list(config.get(key)) if token in names]:
+            facts.append(f"{title} {' or '.join(found)}")
+    return "; ".join(facts)
 
 
 def read_training(path: Path) -> dict | None:
@@ -60,16 +176,40 @@ def read_training(path: Path) -> dict | None:
     return {"source": None} | facts | {"uniform_loss": math.log(facts["vocab_size"])}
 
 
-def read_license(readme: Path) -> str | None:
-    """Find the licence in the front matter of a card."""
-    if not readme.exists():
-        return None
-    try:
-        lines = readme.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{readme} cannot be read as UTF-8 text; mend or remove it") from error
-    if lines[:1] != ["---"] or "---" not in lines[1:]:
-        return None
-    front_matter = "\n".join(lines[1 : lines.index("---", 1)])
-    match = LICENSE_LINE.search(front_matter)
-    return match[1] if match else None
+def read_evaluations(path: Path) -> list[dict]:
+    """Read what `evaluate --record` left.
+
+    Raises:
+        UserError: it is something else.
+    """
+    found = read_json(path).get("evaluations") if path.exists() else []
+    if not isinstance(found, list) or not all(isinstance(one, dict) and one.keys() >= NEEDED_RESULTS for one in found):
+        raise UserError(f"{path} is not what `evaluate --record` writes; remove it and evaluate again")
+    return found
+
+
+def files_of(folder: Path, progress: bool) -> list[tuple[str, int, str]]:
+    """List (name, bytes, SHA-256) of the files that make the model; hashes are taken where no list has them."""
+    sums = read_sums(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}
+    paths = sorted({path for pattern in HASHED for path in folder.glob(pattern)})
+    unknown = [path for path in paths if path.name not in sums]
+    with byte_bar("hashing", sum(path.stat().st_size for path in unknown), progress and bool(unknown)) as bar:
+        sums |= {path.name: hash_file(path, "sha256", bar.update) for path in unknown}
+    return [(path.name, path.stat().st_size, sums[path.name]) for path in paths]
+
+
+def write_card(path: Path, content: str):
+    """Write a card; one that a person wrote is not replaced.
+
+    Raises:
+        UserError: such a one stands there, or the system refuses.
+    """
+    if not is_made_here(read_card(path)):
+        raise UserError(
+            f"{path} was not made by this command, and making it again would lose it; move it away, or put your text "
+            f"between the lines {YOURS[0]} and {YOURS[1]}"
+        )
+    with system_errors(path, "choose another file"):
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(content, "utf-8")
+        finish(partial)

@@ -390,7 +390,7 @@ def test_unknown_model():
             ["--preset", "huge"],
             "--preset must be one of ['shakespeare-cpu', 'shakespeare-gpu'], got 'huge'",
         ),
-        (TEXT.encode(), ["--license", "MIT: yes"], "--license must be an identifier as the Hub has it"),
+        (TEXT.encode(), ["--license", "MIT: yes"], "--license must be an identifier of the Hub, such as apache-2.0"),
         (
             TEXT.encode(),
             ["--validation-share", 0.6, "--test-share", 0.5],
@@ -442,7 +442,7 @@ def test_output_that_cannot_be_made(tmp_path):
         (b"---\nlicense: mit\n---\n", [], None),
         (b"---\r\nlicense: mit\r\n---\r\n", [], None),
         (b"\xff\xfe", [], "README.md cannot be read as UTF-8 text"),
-        (b"", ["--license", "MIT: yes"], "--license must be an identifier as the Hub has it"),
+        (b"", ["--license", "MIT: yes"], "--license must be an identifier of the Hub, such as apache-2.0"),
         (b"", ["--license", "mit", "--output", "/nowhere/card.md"], "/nowhere/card.md could not be written"),
     ],
 )

@@ -16,6 +16,7 @@ from hf_llama3.cli import app
 from hf_llama3.quickstart import python_documentation
 
 ROOT = Path(__file__).parent.parent
+ROOMS = ("hf_llama3", "conversion", "model_card")
 BLOCK = re.compile(r"(<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.DOTALL)
 SET_UP = "pip install -c constraints.txt"  # run by .ci/run, in new environments
 
@@ -78,8 +79,8 @@ def test_file_tree_is_true():
     tree = (ROOT / "README.md").read_text("utf-8").split("## Where things are")[1]
     named = set(re.findall(r"[\w/]+\.py", tree))
     own = {"__init__.py", "__main__.py", "errors.py", "manifest.py", "storage.py"}
-    files = {path.name for folder in ("hf_llama3", "conversion") for path in (ROOT / folder).glob("*.py")} - own
+    files = {path.name for folder in ROOMS for path in (ROOT / folder).glob("*.py")} - own
     assert files <= named, files - named
     for name in named:
-        found = [path for room in ("hf_llama3", "conversion") for path in (ROOT / room).glob(f"**/{name}")]
+        found = [path for room in ROOMS for path in (ROOT / room).glob(f"**/{name}")]
         assert found or (ROOT / name).exists(), name

@@ -55,7 +55,7 @@ def evaluate(model, tokenizer, text, context: int | None = None, progress: bool 
     try:
         content = text.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{text} cannot be read: {error}") from error
+        raise UserError(f"{text} cannot be read: {error}; pass a text file in UTF-8") from error
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # it is cut below
     ids = tokenizer(content, add_special_tokens=False)["input_ids"]
     start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]

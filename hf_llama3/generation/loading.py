@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hf_llama3  # noqa: F401  (registers the type "llama3")
@@ -31,7 +31,7 @@ def load_model(
     offload_folder: Path | None = None,
     group: Group = Group(),  # noqa: B008
 ):
-    """Load a model and its tokenizer from a local folder of either format, or else by its name on the Hub.
+    """Load a model and its tokenizer from a local folder of either format, or by its name on the Hub.
 
     Args:
         fast: optimise the model, as `quantize` ("int8", "int4") and `compile` do besides what they say.
@@ -67,17 +67,11 @@ def load_model(
 
 def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max_memory, offload_folder, group: Group):
     """Do the part of `load_model` that reads files: what can be refused, then the weights."""
-    path, checkpoint = Path(name), None
-    if path.exists():
-        checkpoint = open_checkpoint(path, rope_factor)  # reads no tensor, and its errors are sentences
-        if checkpoint.tokenizer is None:
-            raise UserError(f"{checkpoint.path} holds no tokenizer, without which there is no text; add its files")
-        name, (config, stored) = str(checkpoint.path), config_and_dtype(checkpoint)
-    else:
-        with loading(name):
-            config = AutoConfig.from_pretrained(name)
-        stored = config.dtype or torch.float32
-    is_meta = checkpoint is not None and checkpoint.format == "meta"
+    checkpoint = open_checkpoint(name, rope_factor)  # reads no tensor, and its errors are sentences
+    if checkpoint.tokenizer is None:
+        raise UserError(f"{checkpoint.path} holds no tokenizer, without which there is no text; add its files")
+    name, is_meta = str(checkpoint.path), checkpoint.format == "meta"
+    config, stored = config_and_dtype(checkpoint)
     group.check(config)
     where = group.loading_options()
     if device_map is not None:
@@ -87,8 +81,8 @@ def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max
         where = {"device_map": placement.device_map, "offload_folder": offload_folder}
     if is_meta:
         with loading(name):
-            model = load_meta(path, rope_factor=rope_factor, dtype=dtype, **where)
-        return model.eval(), load_meta_tokenizer(path, rope_factor=rope_factor)
+            model = load_meta(name, rope_factor=rope_factor, dtype=dtype, **where)
+        return model.eval(), load_meta_tokenizer(name, rope_factor=rope_factor)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the tokenizers library raises nothing narrower

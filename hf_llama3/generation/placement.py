@@ -18,7 +18,9 @@ from transformers.integrations.accelerate import get_balanced_memory, get_max_me
 import hf_llama3  # noqa: F401  (registers the type "llama3")
 from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.conversion.checkpoint import Checkpoint
+from hf_llama3.conversion.hub import described
 from hf_llama3.conversion.opening import open_checkpoint
+from hf_llama3.conversion.picture import draw_bars
 from hf_llama3.conversion.staging import system_errors
 from hf_llama3.errors import UserError
 
@@ -99,9 +101,11 @@ def place(
     return placement
 
 
-def place_checkpoint(path: Path, rope_factor: float | None, device_map: str, max_memory: dict | None) -> Placement:
-    """Work out a device map for a folder of either format; what fits nowhere is planned for the disk."""
-    return place(*config_and_dtype(open_checkpoint(path, rope_factor)), device_map, max_memory, Path())
+def place_checkpoint(path, rope_factor: float | None, device_map: str, max_memory: dict | None) -> Placement:
+    """Work out a device map for a checkpoint of either format; what fits nowhere is planned for the disk."""
+    with described(path) as folder:
+        config, stored = config_and_dtype(open_checkpoint(folder, rope_factor))
+    return place(config, stored, device_map, max_memory, Path())
 
 
 def config_and_dtype(checkpoint: Checkpoint) -> tuple[PretrainedConfig, torch.dtype]:
@@ -219,27 +223,9 @@ def plot_placement(placement: Placement, path: Path) -> str | None:
     Raises:
         UserError: the picture cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return 'no picture was drawn; for one, pip install "hf_llama3[plot]"'
-    devices = list(placement.device_bytes)
-    figure = Figure(figsize=(8, 1.2 + 0.6 * len(devices)), layout="constrained")
-    axes, filled, colours = figure.subplots(), dict.fromkeys(devices, 0), ("tab:blue", "tab:cyan")
-    for index, (name, device) in enumerate(placement.device_map.items()):
-        device, size = device_name(device), placement.module_bytes[name] / 2**30
-        axes.barh(device, size, left=filled[device], color=colours[index % 2])
-        filled[device] += size
-    for row, device in enumerate(devices):
-        limit = placement.max_memory.get(device)
-        if limit is not None:
-            axes.plot([limit / 2**30] * 2, [row - 0.4, row + 0.4], color="tab:red")
-    axes.set(xlabel="GiB of weights, a stripe for each module; red: what the device may take")
-    axes.set_xlim(0, 1.25 * max(filled.values()) or 1)
-    axes.invert_yaxis()
-    endings = figure.canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in endings:
-        raise UserError(f"--plot must end in one of {', '.join(endings)}, got {path}; choose another name")
-    with system_errors(path, "choose another --plot"):
-        figure.savefig(path, dpi=120)
-    return None
+    bars = {device: [] for device in placement.device_bytes}
+    for name, device in placement.device_map.items():
+        bars[device_name(device)].append(placement.module_bytes[name] / 2**30)
+    limits = {device: size / 2**30 for device, size in placement.max_memory.items()}
+    label = "GiB of weights, a stripe for each module; red: what the device may take"
+    return draw_bars(bars, label, path, limits)

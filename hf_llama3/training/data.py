@@ -64,7 +64,7 @@ def read_pieces(path: Path, progress: Callable[[int], None] = lambda count: None
             waiting, chunk = len(decoder.getstate()[0]), b""
             decoder.decode(b"", final=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; pass a text file") from error
     except UnicodeDecodeError as error:
         place = read - waiting + error.start
         raise UserError(

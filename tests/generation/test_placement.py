@@ -161,7 +161,7 @@ def test_options_are_checked(folders, tmp_path):
             *generate, "--device-map", "auto", "--max-memory", wrong
         )
     assert "add --device-map auto" in refuse(*generate, "--max-memory", '{"cpu": "1GiB"}')
-    assert "add --device-map auto" in refuse("inspect", path, "--plot", tmp_path / "a.png")
+    assert "add --device-map auto" in refuse("inspect", path, "--max-memory", '{"cpu": "1GiB"}')
     plot = ["inspect", path, "--device-map", "auto", "--plot"]
     assert "--plot must end in one of" in refuse(*plot, tmp_path / "a.xyz")
     assert "could not be written" in refuse(*plot, tmp_path / "none" / "a.png")

@@ -1,0 +1,207 @@
+"""A checkpoint on the Hub: from its name to a local folder with the files that are needed, and no others.
+
+A name is `owner/name`, or `owner/name/original` for Meta's files beside Hugging Face's, with `@revision` after either.
+What was fetched stays in huggingface_hub's cache, and is taken from there where the Hub cannot be reached.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+from hf_llama3.errors import UserError
+
+from .hf_checkpoint import INDEX, SINGLE
+from .hf_config import read_config
+from .meta_checkpoint import PARAMS_FILE
+from .params import read_params
+
+# huggingface_hub is imported where it is used: a local folder need not wait for it.
+
+NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<original>/original)?(?:@(?P<revision>.+))?")
+# What tells the format; the library's patterns take "*" for any characters, "/" among them.
+TELLING = ("config.json", "adapter_config.json", PARAMS_FILE)
+HF_TEXTS = ("*.json", "chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer.model")
+HF_TEXTS += ("vocab.txt", "merges.txt")
+HF_WEIGHTS = ("*.safetensors",)
+NOT_OF_HF = ("*/*.json", "*/*.safetensors", "consolidated*")  # copies for other tools, Meta's files
+META_FILES = ("*.json", "tokenizer.model", "checklist.chk", "consolidated.*", "*.pth")
+
+
+class HubName(NamedTuple):
+    repo: str
+    original: bool
+    revision: str | None  # the main branch, if None
+
+
+def parse_name(path) -> HubName | None:
+    """Read a name on the Hub; None where it is a path: of what is here, or what no repository can be called."""
+    found = NAME.fullmatch(str(path))
+    if not found or os.path.lexists(path) or os.path.lexists(found["repo"]):
+        return None  # of a folder that exists, `original` or a revision would be those of somebody else's repository
+    return HubName(found["repo"], found["original"] is not None, found["revision"])
+
+
+def fetch(path, weights: bool = True) -> Path:
+    """Turn a name on the Hub into a local folder; a path stays what it is.
+
+    Args:
+        weights: whether those of a Hugging Face repository are wanted; Meta's files come whole.
+
+    Raises:
+        UserError: the Hub has no such thing, does not give it, or cannot be reached and the cache lacks it.
+    """
+    name = parse_name(path)
+    if name is None:
+        return Path(path)
+    folder = download(name, [f"original/{PARAMS_FILE}"] if name.original else TELLING)
+    if not name.original and (folder / "config.json").exists():
+        read_config(folder / "config.json")  # before gigabytes of what cannot be converted
+        return fetch_hf(name, weights)
+    if not name.original and (folder / "adapter_config.json").exists():
+        return folder  # for the sentence that a local one gets
+    inside = "original/" if name.original or not (folder / PARAMS_FILE).exists() else ""
+    params = download(name, [inside + PARAMS_FILE]) / inside / PARAMS_FILE
+    if not params.exists():
+        lacking = ("" if name.original else f"config.json, {PARAMS_FILE} nor ") + f"original/{PARAMS_FILE}"
+        raise UserError(f"{name.repo} holds no {lacking} on the Hub; name a repository of a Llama model")
+    read_params(params)
+    return download(name, [inside + pattern for pattern in META_FILES]) / inside
+
+
+def fetch_hf(name: HubName, weights: bool) -> Path:
+    folder = download(name, HF_TEXTS + (HF_WEIGHTS if weights else ()), NOT_OF_HF)
+    if weights and not any((folder / file).exists() for file in (SINGLE, INDEX)):
+        raise UserError(without_safetensors(name))
+    return folder
+
+
+def without_safetensors(name: HubName) -> str:
+    return f"{name.repo} holds neither {SINGLE} nor {INDEX} on the Hub; name a repository that has its weights so"
+
+
+@contextlib.contextmanager
+def described(path):
+    """Give a folder to look at: of a name on the Hub all but the numbers, for which the weights' headers are enough.
+
+    Their files are as long as those on the Hub and take no room; the folder is gone afterwards. Meta's files, whose
+    headers lie at their end, and what the Hub cannot be asked for, come whole.
+    """
+    name = parse_name(path)
+    if name is None or not ((texts := fetch(path, weights=False)) / "config.json").exists():
+        yield fetch(path)
+        return
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) / name.repo.split("/")[1]
+        shutil.copytree(texts, folder, ignore=shutil.ignore_patterns("*.safetensors", "original"))
+        if not add_hollow_weights(name, texts.name, folder):
+            yield fetch(path)
+            return
+        try:
+            yield folder
+        except UserError as error:
+            raise UserError(str(error).replace(str(folder), str(path))) from error
+
+
+def add_hollow_weights(name: HubName, commit: str, folder: Path) -> bool:
+    """Write the weights' files with their headers alone; returns whether the Hub had headers to give.
+
+    Raises:
+        UserError: the repository has no safetensors.
+    """
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        for file, content in get_safetensors_metadata(name.repo, revision=commit).files_metadata.items():
+            if PurePath(file).name != file:
+                return False  # another name is an attack, which the reader of whole files refuses
+            write_hollow(folder / file, content.tensors)
+    except NotASafetensorsRepoError as error:
+        raise UserError(without_safetensors(name)) from error
+    except Exception:  # no connection, or a damaged header or index, where the library raises what it likes
+        return False
+    return True
+
+
+def write_hollow(path: Path, tensors: dict):
+    """Write a safetensors file of a header and nothing but a hole after it."""
+    header = {
+        tensor: {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": entry.data_offsets}
+        for tensor, entry in tensors.items()
+    }
+    encoded = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + max((entry.data_offsets[1] for entry in tensors.values()), default=0))
+
+
+def download(name: HubName, patterns, but=None) -> Path:
+    """Bring files into the cache; returns the folder of their commit.
+
+    The revision is asked for each time, so a last call for all files gives those of one commit. A commit known before
+    would do, but without a connection the library then retries for every file that is missing: 23 seconds here.
+
+    Raises:
+        UserError: in one sentence what the Hub or the way to it did, and what to do.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name.repo, revision=name.revision, allow_patterns=list(patterns), ignore_patterns=but and list(but)
+            )
+        )
+    except LocalEntryNotFoundError as error:  # the library says more in what it comes from
+        raise UserError(explain(error.__cause__ or error, name)) from error
+    except (OSError, HTTPError, ValueError) as error:
+        raise UserError(explain(error, name)) from error
+
+
+def explain(error: BaseException, name: HubName) -> str:
+    """Say what went wrong, without the library's own text where that could hold a token."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{name.repo}"
+    cached = "and not all that is needed is in the cache"
+    match error:
+        case errors.GatedRepoError():
+            return f"{name.repo} is gated; accept its licence on {page}, then log in by `hf auth login`"
+        case errors.RepositoryNotFoundError():
+            known = "a repository on the Hub that you may see"
+            return f"{name.repo} is neither a folder here nor {known}; mend the name, or log in by `hf auth login`"
+        case errors.RevisionNotFoundError():
+            return f"{name.repo} has no revision {name.revision!r} on the Hub; {page}/tree/main lists its branches"
+        case errors.HfHubHTTPError() if error.response.status_code == 401:
+            return "the Hub does not take your token; log in by `hf auth login`, or mend the variable HF_TOKEN"
+        case errors.HfHubHTTPError() if error.response.status_code == 429:
+            return f"the Hub gives you no more of {name.repo} for now, {cached}; {wait(error)}, or log in"
+        case errors.HfHubHTTPError():
+            return (
+                f"the Hub answered {error.response.status_code} to a request for {name.repo}, {cached}; {wait(error)}"
+            )
+        case errors.OfflineModeIsEnabled():
+            return f"{name.repo} cannot be loaded: it is no folder here, HF_HUB_OFFLINE is set, {cached}; unset it"
+        case errors.HFValidationError():
+            return f"{name.repo} is neither a folder here nor a name that the Hub can have; mend it"
+        case errors.HTTPError():
+            reason = type(error).__name__
+            return f"{constants.ENDPOINT} cannot be reached for {name.repo} ({reason}), {cached}; try again when it can"
+        case UnicodeError():
+            return f"{name.repo} cannot be asked for with a token that is not ASCII; mend the variable HF_TOKEN"
+        case errors.LocalEntryNotFoundError():
+            return f"{name.repo} cannot be fetched, {cached}; try again with a connection"
+        case _:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            return f"{name.repo} cannot be fetched into {constants.HF_HUB_CACHE}: {reason}; try again"
+
+
+def wait(error) -> str:
+    seconds = error.response.headers.get("Retry-After")
+    return f"try again in {seconds} seconds" if seconds else "try again later"

@@ -1,0 +1,96 @@
+"""The YAML at the head of a model card: read, checked as the Hub checks it, and written.
+
+What the Hub takes: https://github.com/huggingface/hub-docs/blob/main/modelcard.md. It also looks names up there, such
+as those of datasets; that is not done here.
+"""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from hf_llama3.errors import UserError
+
+from .licenses import IDENTIFIERS
+
+REPOSITORY = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
+RELATIONS = ("adapter", "finetune", "merge", "quantized")
+# Key -> (pattern of each value, whether there may be several, what it must be)
+RULES = {
+    "license": (None, True, "an identifier of the Hub's list, such as apache-2.0, mit, llama3.1 or other"),
+    "license_name": (r"[a-z0-9][a-z0-9.-]*", False, "a short name in small letters, such as my-terms-1.0"),
+    "license_link": (r"LICENSE|LICENSE\.(md|txt)|https?://\S+", False, "LICENSE or an address"),
+    "library_name": (r"[a-z0-9_.-]+", False, "a library's name, such as transformers"),
+    "pipeline_tag": (r"[a-z0-9]+(-[a-z0-9]+)*", False, "a task, such as text-generation"),
+    "language": (r"[a-z]{2,3}(-[A-Za-z0-9]+)?|multilingual|code", True, "a code such as en"),
+    "base_model": (REPOSITORY, True, "a repository, such as meta-llama/Llama-3.1-8B"),
+    "base_model_relation": ("|".join(RELATIONS), False, f"one of {', '.join(RELATIONS)}"),
+    "datasets": (REPOSITORY, True, "a repository, such as owner/name"),
+    "tags": (r"\S.*", True, "a text"),
+}
+REQUIRED = ("license",)
+
+
+def split_card(content: str) -> tuple[str | None, str]:
+    """Divide a card into its front matter, without the lines of dashes, and the rest; None where there is none."""
+    match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", content, re.DOTALL | re.MULTILINE)
+    return (match[1], content[match.end() :]) if match else (None, content)
+
+
+def read_front_matter(content: str, path: Path) -> dict:
+    """Return what stands in the front matter of a card, checked; an empty dictionary where there is none.
+
+    Raises:
+        UserError: naming the line of what the Hub would refuse.
+    """
+    text, _ = split_card(content)
+    if text is None:
+        return {}
+    try:
+        node, value = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}, line {mark.line + 2 if mark else 1}: {problem}; mend the YAML there") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, line 2: front matter must be keys with values, got {type(value).__name__}")
+    lines = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 2  # of the file, from 1, after the dashes
+        if key.value in lines:
+            raise UserError(f"{path}, line {line}: `{key.value}` stands in line {lines[key.value]} already; keep one")
+        lines[key.value] = line
+    for key, (pattern, several, rule) in RULES.items():
+        check_value(value, key, pattern, several, f"{path}, line {lines.get(key)}: `{key}` must be {rule}")
+    if value.get("license") == "other" and "license_name" not in value:
+        line = lines["license"]
+        raise UserError(f"{path}, line {line}: `license: other` needs `license_name`, and `license_link` to its text")
+    return value
+
+
+def check_value(value: dict, key: str, pattern: str | None, several: bool, message: str):
+    if key not in value:
+        return
+    given = value[key]
+    for entry in given if several and isinstance(given, list) else [given]:
+        known = entry in IDENTIFIERS if pattern is None and isinstance(entry, str) else pattern is not None
+        if not isinstance(entry, str) or not known or (pattern and not re.fullmatch(pattern, entry)):
+            raise UserError(f"{message}, got {entry!r}")
+
+
+def check_card(content: str, path: Path):
+    """Raise unless the Hub would take a card as it stands.
+
+    Raises:
+        UserError: naming the line, or the key that is missing.
+    """
+    value = read_front_matter(content, path)
+    for key in REQUIRED:
+        if key not in value:
+            raise UserError(f"{path} has no `{key}` in its front matter; add one, or make the card with --license")
+
+
+def write_front_matter(value: dict) -> str:
+    return f"---\n{yaml.safe_dump(value, sort_keys=False, allow_unicode=True)}---\n"

@@ -1,0 +1,109 @@
+"""Whether a folder is fit to be a repository on the Hub: what of it belongs there, and what must not."""
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+from hf_llama3.conversion import CheckpointInfo
+from hf_llama3.conversion.hf_checkpoint import INDEX
+from hf_llama3.conversion.manifest import CHECKSUMS, CURVES_FILE, EVALUATIONS, TRAINING_FACTS, check_sums, read_json
+from hf_llama3.conversion.provenance import PROVENANCE
+from hf_llama3.errors import UserError
+from hf_llama3.remote_code import AUTO_MAP, CODE_FILES, code_files
+
+from .card import CARD
+from .licenses import MetaLicense
+
+NOTICE = "NOTICE"
+VOCABULARY = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+FACTS = (CHECKSUMS, TRAINING_FACTS, PROVENANCE, EVALUATIONS, ".eval_results/*.yaml")
+TEXTS = ("config.json", "generation_config.json", "*.jinja", CARD, NOTICE, "LICENSE*", "USE_POLICY*", *FACTS)
+PICTURES = (CURVES_FILE, "*.png", "*.jpg", "*.svg")
+SECRETS = {
+    "a token of the Hub": rb"\bhf_[A-Za-z0-9]{30,}",
+    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a key of AWS": rb"\bAKIA[0-9A-Z]{16}\b",
+    "a token of GitHub": rb"\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_\w{50,}",
+    "an API key": rb"\bsk-[A-Za-z0-9_-]{32,}",
+}
+
+
+def choose(folder: Path, info: CheckpointInfo) -> tuple[list[str], list[str]]:
+    """Divide what lies in a folder into the files of the model and the rest, by their names in it."""
+    code = CODE_FILES if carries_code(folder) else ()
+    wanted = (*info.files, INDEX, *VOCABULARY, *TEXTS, *PICTURES, *code)
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    chosen = [
+        name
+        for name in names
+        if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in wanted)
+    ]
+    rest = {name.split("/")[0] + ("/" if "/" in name else "") for name in names if name not in chosen}
+    return chosen, sorted(rest)
+
+
+def check_repository(folder: Path, info: CheckpointInfo, chosen: list[str], progress: bool = False):
+    """Raise unless a folder is whole, is what its list of hashes says, loads, and holds no secret.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if (folder / CHECKSUMS).exists():
+        check_sums(folder / CHECKSUMS, progress)
+    check_code(folder)
+    check_loads(folder)
+    for name in chosen:
+        if any(fnmatch(name, pattern) for pattern in TEXTS):
+            check_secrets(folder / name)
+
+
+def carries_code(folder: Path) -> bool:
+    """Tell whether a folder is of our own type, which transformers loads by the code beside it."""
+    return read_json(folder / "config.json").get("model_type") == "llama3"
+
+
+def check_code(folder: Path):
+    """Raise unless a folder of our own type carries the code that this package has, and says where it is."""
+    if not carries_code(folder):
+        return
+    again = "write the folder again with convert --as llama3"
+    for name, content in code_files().items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} lacks {name}, which its type llama3 needs; {again}")
+        if (folder / name).read_bytes() != content:
+            raise UserError(f"{folder / name} is not the one of this package; {again}")
+    if read_json(folder / "config.json").get("auto_map") != AUTO_MAP:
+        raise UserError(f"`auto_map` in {folder / 'config.json'} does not name all classes of its code; {again}")
+
+
+def check_loads(folder: Path):
+    """Raise unless transformers takes configuration and tokenizer; names and shapes of tensors were compared before."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoConfig.from_pretrained(folder)
+        if (folder / "tokenizer_config.json").exists():
+            AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # each library raises its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{folder} cannot be loaded by transformers ({reason}); mend that first") from error
+
+
+def check_secrets(path: Path):
+    """Raise if a text holds what looks like a secret; it is not printed."""
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        for what, pattern in SECRETS.items():
+            if re.search(pattern, line):
+                raise UserError(f"{path}, line {number}, holds what looks like {what}; remove it, and make it invalid")
+
+
+def notes_on(folder: Path, repo_id: str, info: CheckpointInfo, terms: list[MetaLicense]) -> list[str]:
+    """Say what is no error but should be known before publishing."""
+    notes = [] if info.tokenizer else ["there is no tokenizer: nobody can put a text into this model"]
+    for one in terms:
+        if not any(folder.glob("LICENSE*")):
+            notes.append(f"{one.name}'s licence asks for a copy of its text beside the weights, as LICENSE: {one.link}")
+        name = repo_id.split("/")[-1].removeprefix("Meta-").replace("-", " ")
+        if not name.lower().startswith(one.prefix.lower()):
+            notes.append(f"{one.name}'s licence asks that the name of what is derived begins with {one.prefix!r}")
+    return notes
