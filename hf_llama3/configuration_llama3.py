@@ -58,6 +58,7 @@ class Llama3Config(PreTrainedConfig):
     """
 
     model_type = "llama3"
+    auto_map = {}  # TRL reads it of every class that is not transformers' own
     keys_to_ignore_at_inference = ["past_key_values"]
     default_theta = 500000.0
     base_model_tp_plan = {
