@@ -65,13 +65,13 @@ def build_card(folder, license: str | None = None, repo_id: str | None = None, p
     front_matter["tags"] = [*tags, *(tag for tag in as_list(written.get("tags")) if tag not in tags)]
     template = (Path(__file__).parent / "template.md").read_text("utf-8")
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
-    environment.filters |= {"size": format_size, "number": lambda value: f"{value:,}"}
+    environment.filters |= {"size": format_size, "number": lambda value: f"{value:,}", "cell": cell}
     card = write_front_matter(front_matter) + environment.from_string(template).render(
         name=repo_id or folder.resolve().name,
         terms=META.get(license) if isinstance(license, str) else None,
         yours="\n".join((YOURS[0], yours_in(existing, folder / CARD) or "", YOURS[1])),
         info=info,
-        version=version,
+        version=version.removesuffix(".0"),
         non_embedding=info.num_parameters - embeddings_of(info),
         own_type=(folder / "modeling_llama3.py").exists(),
         tokenizer=tokenizer_of(folder, info.config),
@@ -147,6 +147,11 @@ def memory_of(info: CheckpointInfo) -> dict[str, float]:
         "int4": 2 * embedding + others / 2,
         "token": 2 * 2 * info.config["num_hidden_layers"] * info.config["num_key_value_heads"] * head_dim,
     }
+
+
+def cell(text: str) -> str:
+    """Write a text so that it stays in its cell of a table; a code span does not keep a bar from ending it."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def format_size(size: float) -> str:

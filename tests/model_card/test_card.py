@@ -46,7 +46,10 @@ def test_facts(folders):
     )
     assert row(card, "Parameters") == f"{model.num_parameters():,}, of them {inside:,} outside embedding and head"
     assert row(card, "Weights") == f"bfloat16, {2 * model.num_parameters():,} bytes"
-    assert row(card, "Tokenizer") == "BPE; begins with `<|begin_of_text|>`; ends with `<|end_of_text|>`"
+    tokenizer = row(card, "Tokenizer").replace("\\|", "|")
+    assert tokenizer == "BPE; begins with `<|begin_of_text|>`; ends with `<|end_of_text|>`"
+    lines = [line.replace("\\|", "") for line in card.split("## Use")[0].splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {3}  # two cells in each
     assert row(card, "RoPE") == "theta 500,000" and row(card, "Vocabulary") == "516 tokens"
     unverified = build_card(folders / "unverified", "mit")
     for made, folder in ((card, "base"), (unverified, "unverified")):  # with a list of hashes, and without
