@@ -1,11 +1,14 @@
 """`optimize(compile=True)`: the tokens of the plain model, compiled once."""
 
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
 import torch
 from small import CLASSES, make_model, prompts
 from torch._dynamo.utils import counters
+from torchrun import ENVIRONMENT
 
 import hf_llama3
 from hf_llama3.generation.compiled import is_worth_it, prepare_static_cache
@@ -111,3 +114,22 @@ def test_upstream():
     assert "upstream" in CLASSES
     theirs = make_model("upstream").generate(**how)
     assert torch.equal(hf_llama3.optimize(make_model("upstream"), compile=True).generate(**how), theirs)
+
+
+COMPILE = """
+import hf_llama3
+from small import make_model
+from torch._dynamo.utils import counters
+hf_llama3.optimize(make_model(num_hidden_layers=1), compile=True)
+print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+def test_another_process_finds_the_code_on_disk(tmp_path):
+    """Two graphs are compiled by the first, for one row and for several, and none by the second."""
+    environment = ENVIRONMENT | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for printed in ("2 0", "0 2"):
+        result = subprocess.run(
+            [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.stdout.strip() == printed, result.stderr
