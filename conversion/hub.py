@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, without_password
 
 from .hf_checkpoint import INDEX, SINGLE
 from .hf_config import read_config
@@ -97,7 +97,10 @@ def described(path):
         return
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) / name.repo.split("/")[1]
-        shutil.copytree(texts, folder, ignore=shutil.ignore_patterns("*.safetensors", "original"))
+        folder.mkdir()
+        for text in [text for pattern in HF_TEXTS for text in texts.glob(pattern)]:
+            (folder / text.relative_to(texts)).parent.mkdir(exist_ok=True)
+            shutil.copy(text, folder / text.relative_to(texts))
         if not add_hollow_weights(name, texts.name, folder):
             yield fetch(path)
             return
@@ -114,7 +117,7 @@ def add_hollow_weights(name: HubName, commit: str, folder: Path) -> bool:
         UserError: the repository has no safetensors.
     """
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import NotASafetensorsRepoError
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 
     try:
         for file, content in get_safetensors_metadata(name.repo, revision=commit).files_metadata.items():
@@ -123,6 +126,8 @@ def add_hollow_weights(name: HubName, commit: str, folder: Path) -> bool:
             write_hollow(folder / file, content.tensors)
     except NotASafetensorsRepoError as error:
         raise UserError(without_safetensors(name)) from error
+    except HfHubHTTPError as error:
+        raise UserError(explain(error, name)) from error
     except Exception:  # no connection, or a damaged header or index, where the library raises what it likes
         return False
     return True
@@ -168,7 +173,8 @@ def explain(error: BaseException, name: HubName) -> str:
     """Say what went wrong, without the library's own text where that could hold a token."""
     from huggingface_hub import constants, errors
 
-    page = f"{constants.ENDPOINT}/{name.repo}"
+    endpoint = without_password(constants.ENDPOINT)
+    page = f"{endpoint}/{name.repo}"
     cached = "and not all that is needed is in the cache"
     match error:
         case errors.GatedRepoError():
@@ -192,7 +198,7 @@ def explain(error: BaseException, name: HubName) -> str:
             return f"{name.repo} is neither a folder here nor a name that the Hub can have; mend it"
         case errors.HTTPError():
             reason = type(error).__name__
-            return f"{constants.ENDPOINT} cannot be reached for {name.repo} ({reason}), {cached}; try again when it can"
+            return f"{endpoint} cannot be reached for {name.repo} ({reason}), {cached}; try again when it can"
         case UnicodeError():
             return f"{name.repo} cannot be asked for with a token that is not ASCII; mend the variable HF_TOKEN"
         case errors.LocalEntryNotFoundError():

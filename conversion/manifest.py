@@ -104,7 +104,7 @@ def read_sums(path: Path) -> dict[str, str]:
     return sums
 
 
-def check_sums(path: Path, progress: bool = False):
+def check_sums(path: Path, progress: bool = False, remedy: str = "download it again"):
     """Raise unless every file of a list that is there has the hash that stands there.
 
     Raises:
@@ -118,7 +118,7 @@ def check_sums(path: Path, progress: bool = False):
         for (name, expected), got in zip(sums.items(), found, strict=True):
             if got != expected:
                 raise UserError(
-                    f"{path.parent / name} must have the hash {expected} of {path.name}, got {got}; download it again"
+                    f"{path.parent / name} must have the hash {expected} of {path.name}, got {got}; {remedy}"
                 )
 
 

@@ -461,7 +461,7 @@ def card(
     """Make the model card of a folder from what its files say."""
     from .model_card import build_card, write_card
 
-    content = build_card(folder, license, progress=True)
+    content = build_card(folder, license, card=output, progress=True)
     if output is None:
         print(content, end="")
         return
@@ -519,7 +519,8 @@ def push(
     print_list("Note", notes)
     if not dry_run:
         at = f", revision={report['revision']!r}" if report["revision"] else ""
-        print(f'\nAutoModelForCausalLM.from_pretrained("{repo_id}"{at})')
+        trust = ", trust_remote_code=True" if "modeling_llama3.py" in files else ""
+        print(f'\nAutoModelForCausalLM.from_pretrained("{repo_id}"{at}{trust})')
 
 
 def print_json(value):

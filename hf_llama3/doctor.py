@@ -6,9 +6,10 @@ import shutil
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
+
+from .errors import without_password
 
 PACKAGE = "hf_llama3"
 
@@ -169,12 +170,10 @@ def examine_hub() -> tuple[dict, Path | None]:
         from huggingface_hub import constants
     except ImportError:
         return {"endpoint": None, "offline": None, "token": None}, None
-    endpoint = urlsplit(constants.ENDPOINT)
-    endpoint = endpoint._replace(netloc=endpoint.netloc.rpartition("@")[2]).geturl()  # a password may stand before it
     # Not get_token: it may refresh one over the network.
     token = bool(os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"))
     token = token or Path(constants.HF_TOKEN_PATH).is_file()
-    hub = {"endpoint": endpoint, "offline": constants.HF_HUB_OFFLINE, "token": token}
+    hub = {"endpoint": without_password(constants.ENDPOINT), "offline": constants.HF_HUB_OFFLINE, "token": token}
     return hub, Path(constants.HF_HUB_CACHE).absolute()
 
 

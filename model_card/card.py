@@ -1,6 +1,7 @@
 """Facts from a model folder, put into the template; a fact that no file tells is left out."""
 
 import math
+import re
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
@@ -10,35 +11,36 @@ from hf_llama3.conversion import CheckpointInfo, inspect
 from hf_llama3.conversion.manifest import (
     CHECKSUMS,
     CURVES_FILE,
-    EVALUATIONS,
-    TRAINING_FACTS,
+    HEX_DIGITS,
     byte_bar,
     hash_file,
     read_json,
     read_sums,
 )
-from hf_llama3.conversion.provenance import name_of, read_provenance
+from hf_llama3.conversion.provenance import read_evaluations, read_provenance, read_training
 from hf_llama3.conversion.staging import finish, system_errors
 from hf_llama3.errors import UserError
 from hf_llama3.presets import VOCAB_SIZE
+from hf_llama3.remote_code import CODE_FILES
 
-from .front_matter import check_card, read_front_matter, split_card, write_front_matter
+from .front_matter import REPOSITORY, check_card, read_front_matter, split_card, write_front_matter
 from .licenses import META, check_license, license_of_meta
 
 CARD = "README.md"
 YOURS = ("<!-- Yours: what stands from here -->", "<!-- to here is kept when the card is made again. -->")
-NEEDED_FACTS = {"text", "steps", "batch_size", "context", "first_loss", "validation_loss", "vocab_size"}
-NEEDED_RESULTS = {"text", "tokens", "loss", "perplexity", "context", "dtype", "quantize", "command", "hf_llama3"}
-HASHED = ("*.safetensors", "config.json", "tokenizer.json", "*.py")  # what the card tells the hash of
+HASHED = ("config.json", "tokenizer.json", *CODE_FILES)  # what the card tells the hash of, beside the weights
 
 
-def build_card(folder, license: str | None = None, repo_id: str | None = None, progress: bool = False) -> str:
+def build_card(
+    folder, license: str | None = None, repo_id: str | None = None, *, card: Path | None = None, progress: bool = False
+) -> str:
     """Make the model card of a Hugging Face folder; what a person wrote in the one that is there is kept.
 
     Args:
         license: identifier as the Hub knows it; omitted, the one that the folder's README.md has, or that of Meta's
             weights where the model has their shape.
         repo_id: name that the card's commands load; the folder's if omitted.
+        card: file in which a person may have written, where it is not the folder's README.md.
         progress: show a bar while files are hashed.
 
     Raises:
@@ -47,17 +49,18 @@ def build_card(folder, license: str | None = None, repo_id: str | None = None, p
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; pass the one of a model, as train and convert make it")
-    info, existing = inspect(folder), read_card(folder / CARD)
+    place = card if card is not None and card.exists() else folder / CARD
+    info, existing = inspect(folder), read_card(place)
     if info.format != "hf":
         raise UserError(f"{folder} is in Meta's format; convert it first, then make the card of the new folder")
-    written, provenance = read_front_matter(existing, folder / CARD), read_provenance(folder)
+    written, provenance = read_front_matter(existing, place), read_provenance(folder)
     version = provenance["llama_version"] if provenance else info.llama_version
     license = license or written.get("license") or license_of_meta(info, version)
     if license is None:
         raise UserError(f"{folder} has no licence yet; add --license with the one you choose, such as apache-2.0")
-    for identifier in [license] if isinstance(license, str) else license:
-        check_license(identifier)
-    training = read_training(folder / TRAINING_FACTS)
+    for identifier in as_list(license):
+        check_license(identifier, written)
+    training = read_training(folder)
     front_matter = {"license": license, "library_name": "transformers", "pipeline_tag": "text-generation"}
     front_matter |= base_model_of(provenance, training)
     tags = ["llama", *(["llama-3"] if version != "2" else [])]
@@ -65,11 +68,11 @@ def build_card(folder, license: str | None = None, repo_id: str | None = None, p
     front_matter["tags"] = [*tags, *(tag for tag in as_list(written.get("tags")) if tag not in tags)]
     template = (Path(__file__).parent / "template.md").read_text("utf-8")
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
-    environment.filters |= {"size": format_size, "number": lambda value: f"{value:,}", "cell": cell}
-    card = write_front_matter(front_matter) + environment.from_string(template).render(
+    environment.filters |= {"size": format_size, "number": lambda value: f"{value:,}", "cell": cell, "code": code}
+    made = write_front_matter(front_matter) + environment.from_string(template).render(
         name=repo_id or folder.resolve().name,
-        terms=META.get(license) if isinstance(license, str) else None,
-        yours="\n".join((YOURS[0], yours_in(existing, folder / CARD) or "", YOURS[1])),
+        terms=[META[one] for one in as_list(license) if one in META],
+        yours="\n".join((YOURS[0], yours_in(existing, place) or "", YOURS[1])),
         info=info,
         version=version.removesuffix(".0"),
         non_embedding=info.num_parameters - embeddings_of(info),
@@ -78,20 +81,22 @@ def build_card(folder, license: str | None = None, repo_id: str | None = None, p
         is_metas_vocabulary=version != "2" and info.config["vocab_size"] == VOCAB_SIZE,
         memory=memory_of(info),
         provenance=provenance,
-        training=training,
+        training=training and training | {"uniform_loss": math.log(training["vocab_size"])},
         curves=CURVES_FILE if (folder / CURVES_FILE).exists() else None,
-        evaluations=read_evaluations(folder / EVALUATIONS),
-        files=files_of(folder, progress),
+        evaluations=read_evaluations(folder),
+        files=files_of(folder, info, progress),
         package=__version__,
     )
-    check_card(card, folder / CARD)
-    return card
+    check_card(made, folder / CARD)
+    return made
 
 
 def read_card(path: Path) -> str:
     """Return the card that is there, or an empty text."""
     if not path.exists():
         return ""
+    if not path.is_file():
+        raise UserError(f"{path} must be a file for a card, and is a folder or a device; name another")
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -124,11 +129,10 @@ def as_list(value) -> list:
 def base_model_of(provenance: dict | None, training: dict | None) -> dict:
     """Return the keys that name what the model was made from, where that has a name on the Hub."""
     if training and training["source"]:
-        source = name_of(Path(training["source"]))
-        return {"base_model": source, "base_model_relation": "finetune"} if "/" in source else {}
-    if provenance and "/" in provenance["source"]:
-        return {"base_model": provenance["source"]}
-    return {}
+        source, relation = training["source"], {"base_model_relation": "finetune"}
+    else:
+        source, relation = provenance["source"] if provenance else "", {}
+    return {"base_model": source} | relation if re.fullmatch(REPOSITORY, source) and "/" in source else {}
 
 
 def embeddings_of(info: CheckpointInfo) -> int:
@@ -154,6 +158,11 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def code(text: str) -> str:
+    """Write a text that others chose as it is, whatever it looks like."""
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
+
+
 def format_size(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
@@ -164,39 +173,24 @@ def tokenizer_of(folder: Path, config: dict) -> str | None:
     if not path.exists():
         return None
     tokenizer = read_json(path)
-    tokens = [token for token in tokenizer.get("added_tokens", []) if isinstance(token, dict)]
-    names = {token.get("id"): token.get("content") for token in tokens}
-    facts = [str(tokenizer.get("model", {}).get("type"))]
+    tokens = [token for token in as_list(tokenizer.get("added_tokens")) if isinstance(token, dict)]
+    names = {token.get("id"): token.get("content") for token in tokens if isinstance(token.get("id"), int)}
+    model = tokenizer.get("model")
+    facts = [str(model["type"])] if isinstance(model, dict) and "type" in model else []
     for title, key in (("begins with", "bos_token_id"), ("ends with", "eos_token_id")):
         if found := [f"`{names[token]}`" for token in as_list(config.get(key)) if token in names]:
             facts.append(f"{title} {' or '.join(found)}")
-    return "; ".join(facts)
+    return "; ".join(facts) or None
 
 
-def read_training(path: Path) -> dict | None:
-    """Read what this package's training left, if it is that."""
-    facts = read_json(path) if path.exists() else {}
-    if not facts.keys() >= NEEDED_FACTS:
-        return None
-    return {"source": None} | facts | {"uniform_loss": math.log(facts["vocab_size"])}
-
-
-def read_evaluations(path: Path) -> list[dict]:
-    """Read what `evaluate --record` left.
-
-    Raises:
-        UserError: it is something else.
-    """
-    found = read_json(path).get("evaluations") if path.exists() else []
-    if not isinstance(found, list) or not all(isinstance(one, dict) and one.keys() >= NEEDED_RESULTS for one in found):
-        raise UserError(f"{path} is not what `evaluate --record` writes; remove it and evaluate again")
-    return found
-
-
-def files_of(folder: Path, progress: bool) -> list[tuple[str, int, str]]:
-    """List (name, bytes, SHA-256) of the files that make the model; hashes are taken where no list has them."""
-    sums = read_sums(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}
-    paths = sorted({path for pattern in HASHED for path in folder.glob(pattern)})
+def files_of(folder: Path, info: CheckpointInfo, progress: bool) -> list[tuple[str, int, str]]:
+    """List (name, bytes, SHA-256) of the files that make the model, taken anew where the list of hashes is older."""
+    paths = [path for path in (folder / name for name in sorted({*info.files, *HASHED})) if path.is_file()]
+    sums, listed = {}, folder / CHECKSUMS
+    if listed.exists():
+        known, made = read_sums(listed), listed.stat().st_mtime
+        sums = {name: value for name, value in known.items() if HEX_DIGITS[len(value)] == "sha256"}
+        sums = {path.name: sums[path.name] for path in paths if path.name in sums and path.stat().st_mtime <= made}
     unknown = [path for path in paths if path.name not in sums]
     with byte_bar("hashing", sum(path.stat().st_size for path in unknown), progress and bool(unknown)) as bar:
         sums |= {path.name: hash_file(path, "sha256", bar.update) for path in unknown}

@@ -48,7 +48,7 @@ def read_front_matter(content: str, path: Path) -> dict:
         return {}
     try:
         node, value = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{path}, line {mark.line + 2 if mark else 1}: {problem}; mend the YAML there") from error
@@ -77,7 +77,8 @@ def check_value(value: dict, key: str, pattern: str | None, several: bool, messa
     for entry in given if several and isinstance(given, list) else [given]:
         known = entry in IDENTIFIERS if pattern is None and isinstance(entry, str) else pattern is not None
         if not isinstance(entry, str) or not known or (pattern and not re.fullmatch(pattern, entry)):
-            raise UserError(f"{message}, got {entry!r}")
+            got = repr(entry) if isinstance(entry, str | int | float | None) else type(entry).__name__
+            raise UserError(f"{message}, got {got[:80]}")
 
 
 def check_card(content: str, path: Path):

@@ -44,12 +44,15 @@ META = {
 }
 
 
-def check_license(license: str):
-    """Raise unless the Hub knows the licence."""
+def check_license(license: str, front_matter: dict | None = None):
+    """Raise unless the Hub knows the licence, and the front matter names one that it does not list."""
     if license not in IDENTIFIERS:
         near = sorted(known for known in IDENTIFIERS if known.startswith(license.lower()[:4]))
         listed = ", ".join(near[:5] or ["apache-2.0", "mit", "llama3.1", "other"])
         raise UserError(f"--license must be an identifier of the Hub, such as {listed}, got {license!r}")
+    if license == "other" and "license_name" not in (front_matter or {}):
+        keys = "license: other, license_name and license_link"
+        raise UserError(f"--license other needs a name; write {keys} into the front matter of the folder's README.md")
 
 
 def license_of_meta(info: CheckpointInfo, version: str) -> str | None:

@@ -1,21 +1,21 @@
 """A model folder onto the Hub: checked, with its card, in one upload that can be repeated."""
 
 import contextlib
-import re
 from dataclasses import asdict, dataclass
 from glob import escape
 from pathlib import Path
 
 from hf_llama3.conversion import inspect
+from hf_llama3.conversion.hf_checkpoint import INDEX
 from hf_llama3.conversion.staging import system_errors, write_files
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, without_password
 
 from .card import CARD, as_list, build_card, is_made_here, read_card, write_card
 from .front_matter import check_card, read_front_matter
 from .licenses import META
 from .repository import NOTICE, check_repository, choose, notes_on
 
-REPO_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX)  # an older one beside new ones would be loaded
 MESSAGE = "Upload model with hf_llama3"
 REMEDIES = {
     401: "log in by `hf auth login` with a token that may write",
@@ -57,15 +57,15 @@ def publish(
 ) -> PublishReport:
     """Check a Hugging Face folder, make its card, and upload what belongs to the model.
 
-    The same call goes on with an upload that was cut off, and changes nothing where all is there. A card that a person
-    wrote is uploaded as it is.
+    The same call goes on with an upload that was cut off, and changes nothing where all is there. Weights that lie
+    there under other names are removed. A card that a person wrote is uploaded as it is.
 
     Args:
         repo_id: owner/name; it is made where it does not exist.
         license: as the Hub knows it; the folder's own if omitted.
         private: make a private repository; one that is there and public is refused.
         revision: branch, made where it does not exist, or a pull request, as refs/pr/1; main if omitted.
-        create_pr: open a pull request, in a repository that exists.
+        create_pr: open a pull request, in a repository that exists; each call opens one, `revision` goes on with it.
         dry_run: check all and say what would be uploaded; nothing is written, here or there.
         progress: show a bar while files are hashed.
 
@@ -73,13 +73,12 @@ def publish(
         UserError: the folder is not fit to be published, or the Hub refuses.
     """
     folder = Path(folder)
-    if not re.fullmatch(REPO_ID, repo_id):
-        raise UserError(f"a repository must be named as owner/name, got {repo_id!r}")
+    check_name(repo_id)
     if create_pr and revision is not None:
         raise UserError(f"--create-pr opens one against main, got --revision {revision} as well; leave one out")
     existing = read_card(folder / CARD)
     keeps_card = not is_made_here(existing)
-    card = existing if keeps_card else build_card(folder, license, repo_id, progress)
+    card = existing if keeps_card else build_card(folder, license, repo_id, progress=progress)
     check_card(card, folder / CARD)
     front_matter, info = read_front_matter(card, folder / CARD), inspect(folder)
     if keeps_card and license not in (None, front_matter["license"]):
@@ -112,10 +111,23 @@ def publish(
     return report
 
 
+def check_name(repo_id: str):
+    """Raise unless the Hub can have a repository of that name."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        reason = str(error).split(":")[0].split(". ")[0]
+        raise UserError(f"a repository must be named as the Hub allows, got {repo_id!r} ({reason}); mend it") from error
+    if "/" not in repo_id:
+        raise UserError(f"a repository must be named as owner/name, got {repo_id!r}; put the owner before it")
+
+
 def endpoint() -> str:
     from huggingface_hub import constants
 
-    return constants.ENDPOINT
+    return without_password(constants.ENDPOINT)
 
 
 def upload(folder: Path, report: PublishReport, private: bool, create_pr: bool):
@@ -133,6 +145,7 @@ def upload(folder: Path, report: PublishReport, private: bool, create_pr: bool):
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=[escape(name) for name in report.files],
+        delete_patterns=list(WEIGHTS),
         commit_message=MESSAGE,
         revision=revision,
         create_pr=create_pr,
@@ -151,6 +164,8 @@ def hub_errors(report: PublishReport):
         yield
     except (errors.HTTPError, errors.LocalTokenNotFoundError, ConnectionError) as error:
         raise UserError(explain(error, report)) from error
+    except UnicodeError as error:
+        raise UserError("the token for the Hub holds other letters than a token has; mend HF_TOKEN") from error
     except RuntimeError as error:  # what the library makes of an error in one of several uploads
         raise UserError(explain(error.__cause__ or error, report)) from error
 

@@ -7,17 +7,19 @@ from pathlib import Path
 from hf_llama3.conversion import CheckpointInfo
 from hf_llama3.conversion.hf_checkpoint import INDEX
 from hf_llama3.conversion.manifest import CHECKSUMS, CURVES_FILE, EVALUATIONS, TRAINING_FACTS, check_sums, read_json
-from hf_llama3.conversion.provenance import PROVENANCE
+from hf_llama3.conversion.provenance import PROVENANCE, read_provenance
 from hf_llama3.errors import UserError
 from hf_llama3.remote_code import AUTO_MAP, CODE_FILES, code_files
 
 from .card import CARD
-from .licenses import MetaLicense
+from .licenses import META, MetaLicense, license_of_meta
 
 NOTICE = "NOTICE"
-VOCABULARY = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+VOCABULARY = ("tokenizer.json", "tokenizer.model")
 FACTS = (CHECKSUMS, TRAINING_FACTS, PROVENANCE, EVALUATIONS, ".eval_results/*.yaml")
-TEXTS = ("config.json", "generation_config.json", "*.jinja", CARD, NOTICE, "LICENSE*", "USE_POLICY*", *FACTS)
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+SETTINGS += ("added_tokens.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
+TEXTS = (CARD, NOTICE, "LICENSE*", "USE_POLICY*", *SETTINGS, *FACTS)
 PICTURES = (CURVES_FILE, "*.png", "*.jpg", "*.svg")
 SECRETS = {
     "a token of the Hub": rb"\bhf_[A-Za-z0-9]{30,}",
@@ -31,12 +33,12 @@ SECRETS = {
 def choose(folder: Path, info: CheckpointInfo) -> tuple[list[str], list[str]]:
     """Divide what lies in a folder into the files of the model and the rest, by their names in it."""
     code = CODE_FILES if carries_code(folder) else ()
-    wanted = (*info.files, INDEX, *VOCABULARY, *TEXTS, *PICTURES, *code)
+    named, wanted = {*info.files, INDEX, *code}, (*VOCABULARY, *TEXTS, *PICTURES)
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     chosen = [
         name
         for name in names
-        if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in wanted)
+        if name in named or any(fnmatch(name, one) and name.count("/") == one.count("/") for one in wanted)
     ]
     rest = {name.split("/")[0] + ("/" if "/" in name else "") for name in names if name not in chosen}
     return chosen, sorted(rest)
@@ -49,11 +51,15 @@ def check_repository(folder: Path, info: CheckpointInfo, chosen: list[str], prog
         UserError: naming the file.
     """
     if (folder / CHECKSUMS).exists():
-        check_sums(folder / CHECKSUMS, progress)
+        remedy = f"make the folder again, or remove {CHECKSUMS} if you changed the file"
+        check_sums(folder / CHECKSUMS, progress, remedy)
     check_code(folder)
     check_loads(folder)
     for name in chosen:
-        if any(fnmatch(name, pattern) for pattern in TEXTS):
+        if name in info.files:
+            continue
+        check_place(folder, folder / name)
+        if not any(fnmatch(name, pattern) for pattern in (*VOCABULARY, *PICTURES)):
             check_secrets(folder / name)
 
 
@@ -81,12 +87,22 @@ def check_loads(folder: Path):
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        AutoConfig.from_pretrained(folder)
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if (folder / "tokenizer_config.json").exists():
-            AutoTokenizer.from_pretrained(folder)
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each library raises its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{folder} cannot be loaded by transformers ({reason}); mend that first") from error
+
+
+def check_place(folder: Path, path: Path):
+    """Raise if a file is a link to one outside of the folder, and of the Hub's cache where the folder lies in that."""
+    home, place = folder.resolve(), path.resolve()
+    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (place.is_relative_to(home) or place.is_relative_to(cache)):
+        raise UserError(
+            f"{path} is a link to {place}, outside of the folder; put a copy there if it is to be published"
+        )
 
 
 def check_secrets(path: Path):
@@ -100,10 +116,17 @@ def check_secrets(path: Path):
 def notes_on(folder: Path, repo_id: str, info: CheckpointInfo, terms: list[MetaLicense]) -> list[str]:
     """Say what is no error but should be known before publishing."""
     notes = [] if info.tokenizer else ["there is no tokenizer: nobody can put a text into this model"]
+    provenance = read_provenance(folder)
+    metas = license_of_meta(info, provenance["llama_version"] if provenance else info.llama_version)
+    if metas and META[metas] not in terms:
+        notes.append(f"it has the shape and vocabulary of {META[metas].name}: Meta's weights are under {metas}")
     for one in terms:
+        asks = f"{one.name}'s licence asks"
         if not any(folder.glob("LICENSE*")):
-            notes.append(f"{one.name}'s licence asks for a copy of its text beside the weights, as LICENSE: {one.link}")
+            notes.append(f"{asks} for a copy of its text beside the weights, as LICENSE: {one.link}")
+        if (folder / NOTICE).exists() and one.notice not in (folder / NOTICE).read_text("utf-8", "replace"):
+            notes.append(f"{asks} for this line in {NOTICE}: {one.notice}")
         name = repo_id.split("/")[-1].removeprefix("Meta-").replace("-", " ")
         if not name.lower().startswith(one.prefix.lower()):
-            notes.append(f"{one.name}'s licence asks that the name of what is derived begins with {one.prefix!r}")
+            notes.append(f"{asks} that the name of what is derived begins with {one.prefix!r}")
     return notes

@@ -1,5 +1,6 @@
 """What was measured of a model, put down in its folder for its card, and for the Hub where the text is a benchmark."""
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -8,7 +9,8 @@ import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from hf_llama3 import __version__
-from hf_llama3.conversion.manifest import EVALUATIONS, read_json, to_json
+from hf_llama3.conversion.manifest import EVALUATIONS, to_json
+from hf_llama3.conversion.provenance import read_evaluations
 from hf_llama3.conversion.staging import system_errors, write_files
 from hf_llama3.errors import UserError
 
@@ -24,17 +26,19 @@ def check_record(model: str, benchmark: str | None):
         raise UserError(f"--record writes into a Hugging Face folder, got {model}; convert or download it first")
     if benchmark is not None and not re.fullmatch(BENCHMARK, benchmark):
         raise UserError(f"--benchmark must be OWNER/DATASET:TASK, as its eval.yaml has it, got {benchmark!r}")
+    read_evaluations(Path(model))
 
 
 def record(report: Evaluation, benchmark: str | None = None):
     """Put a result into the folder of its model, for the card, and for the Hub where it is one of a benchmark there."""
     folder, text = Path(report.model), Path(report.text).name
+    if not math.isfinite(report.perplexity):
+        raise UserError(f"--record needs a perplexity that is a number, got {report.perplexity}; it was not put down")
     command = ["hf-llama3", "evaluate", folder.resolve().name, "--text", text, "--context", str(report.context)]
     command += ["--quantize", report.quantize] if report.quantize else ["--dtype", report.dtype]
     facts = report.to_dict() | {"model": folder.resolve().name, "text": text}
     facts |= {"command": shlex.join(command), "hf_llama3": __version__}
-    known = read_json(folder / EVALUATIONS).get("evaluations", []) if (folder / EVALUATIONS).exists() else []
-    others = [one for one in known if any(one.get(key) != facts[key] for key in SAME)]
+    others = [one for one in read_evaluations(folder) if any(one.get(key) != facts[key] for key in SAME)]
     files = {EVALUATIONS: to_json({"evaluations": [*others, facts]})}
     if benchmark is not None:
         dataset, task = re.fullmatch(BENCHMARK, benchmark).groups()

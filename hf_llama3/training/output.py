@@ -116,7 +116,10 @@ def finish_run(trainer, output: Path, tokenizer_files: dict[str, bytes], source:
         make_portable(staging, source and source.generation_config)
         if note := plot_curves(report.curves, staging / CURVES_FILE):
             report.notes.append(note)
-        (staging / TRAINING_FACTS).write_bytes(to_json(report.to_dict()))
+        facts = report.to_dict() | {
+            "output": output.resolve().name
+        }  # it may be published, and a path tells of its owner
+        (staging / TRAINING_FACTS).write_bytes(to_json(facts))
         for path in sorted(staging.iterdir(), key=lambda path: path.name == LAST):
             path.rename(output / path.name)
         staging.rmdir()

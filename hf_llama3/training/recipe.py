@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.conversion.params import feed_forward_size
+from hf_llama3.conversion.provenance import name_of
 from hf_llama3.errors import UserError
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 
@@ -157,7 +158,7 @@ def train(
     report = TrainingReport(
         output=str(output),
         text=text.name,
-        source=settings.source,
+        source=source and name_of(source.path),
         tokens=len(prepared.training),
         vocab_size=vocab_size,
         num_parameters=num_parameters,

@@ -9,6 +9,7 @@ from command_line import run
 from server import READER, WRITER
 
 from hf_llama3.conversion import convert
+from hf_llama3.model_card.publish import endpoint
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,9 @@ def test_metas_terms(hub, client, copy):
     assert "as LICENSE: https://www.llama.com/llama3_1/license" in pushed
     assert "begins with 'Llama'" in pushed
     (copy / "LICENSE").write_text("the agreement")
+    (copy / "NOTICE").write_text("another's")
+    assert "asks for this line in NOTICE: Llama 3.1 is" in client.run("push", copy, "lab/terms", "--dry-run").stdout
+    (copy / "NOTICE").unlink()
     pushed = client.run("push", copy, "lab/Llama-3.1-Plays").stdout
     assert "Note" not in pushed and "LICENSE" in hub.repos["lab/Llama-3.1-Plays"].files("main")
 
@@ -108,6 +112,14 @@ def test_private_branch_and_pull_request(hub, client, copy):
     assert "leave one out" in client.refuse("push", copy, "lab/public", "--create-pr", "--revision", "second")
 
 
+REMOTE = {"AutoTokenizer": ["code.Tokenizer", None]}
+
+
+def add(path, **keys):
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    (path.parent / "SHA256SUMS").unlink()
+
+
 def change(path, content):
     path.write_bytes(content(path.read_bytes()))
 
@@ -123,6 +135,12 @@ def change(path, content):
             lambda to: (to / "LICENSE").write_text("see\nhf_" + "b" * 34),
             "LICENSE, line 2, holds what looks like a token",
         ),
+        (lambda to: (to / "chat_template.jinja").symlink_to("/etc/hostname"), "outside of the folder"),
+        (lambda to: add(to / "tokenizer_config.json", secret="hf_" + "b" * 34), "holds what looks like a token"),
+        (
+            lambda to: add(to / "tokenizer_config.json", tokenizer_class="OddTokenizer", auto_map=REMOTE),
+            "cannot be loaded by transformers",
+        ),
         (lambda to: (to / "README.md").write_text("no keys"), "has no `license` in its front matter"),
         (lambda to: (to / "README.md").unlink(), "has no licence yet; add --license"),
     ],
@@ -136,13 +154,36 @@ def test_what_is_not_fit(hub, client, copy, spoil, message):
 
 def test_our_own_type(hub, client, folder, tmp_path):
     convert(folder, tmp_path / "own", to="hf", model_type="llama3")
-    client.run("push", tmp_path / "own", "lab/own", "--license", "mit")
+    pushed = client.run("push", tmp_path / "own", "lab/own", "--license", "mit").stdout
+    assert 'from_pretrained("lab/own", trust_remote_code=True)' in pushed
     assert "modeling_llama3.py" in hub.repos["lab/own"].files("main")
     (tmp_path / "own" / "SHA256SUMS").unlink()
     change(tmp_path / "own" / "norm.py", lambda content: content + b"\n")
     assert "norm.py is not the one of this package" in client.refuse("push", tmp_path / "own", "lab/own")
     (tmp_path / "own" / "norm.py").unlink()
     assert "lacks norm.py" in client.refuse("push", tmp_path / "own", "lab/own")
+
+
+def test_weights_under_other_names(hub, client, folder, tmp_path):
+    """Those of an earlier push would be loaded in place of the new ones; names are no patterns."""
+    convert(folder, tmp_path / "one", to="hf")
+    client.run("push", tmp_path / "one", "lab/weights", "--license", "mit")
+    client.run("push", folder, "lab/weights")
+    names = {name for name in hub.repos["lab/weights"].files("main") if "safetensors" in name}
+    assert names == {path.name for path in folder.iterdir() if "safetensors" in path.name}
+    odd = tmp_path / "odd"
+    shutil.copytree(folder, odd)
+    index = (odd / "model.safetensors.index.json").read_text()
+    (odd / "model.safetensors.index.json").write_text(index.replace("model-00001", "m[1]"))
+    (odd / "model-00001-of-00002.safetensors").rename(odd / "m[1]-of-00002.safetensors")
+    (odd / "SHA256SUMS").unlink()
+    client.run("push", odd, "lab/odd")
+    assert "m[1]-of-00002.safetensors" in hub.repos["lab/odd"].files("main")
+
+
+def test_an_address_with_a_password(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://me:secret@hub.example/api")
+    assert endpoint() == "https://hub.example/api"
 
 
 def test_who_may_not(hub, client, copy):
@@ -152,6 +193,9 @@ def test_who_may_not(hub, client, copy):
     assert "check the name, or leave out --create-pr" in client.refuse("push", copy, "lab/nowhere", "--create-pr")
     assert "has no revision 'refs/pr/9'" in client.refuse("push", copy, "lab/push", "--revision", "refs/pr/9")
     assert "must be named as owner/name, got 'plays'" in client.refuse("push", copy, "plays")
+    for name in ("lab/a--b", "lab/x.git", "lab/m\u00f6del", f"lab/{'a' * 100}"):
+        assert f"must be named as the Hub allows, got {name!r}" in client.refuse("push", copy, name, "--dry-run")
+    assert "other letters than a token has" in client.refuse("push", copy, "lab/who", HF_TOKEN="hf_\u00e9")
     assert "lab/who" not in hub.repos
 
 

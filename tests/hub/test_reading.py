@@ -96,6 +96,15 @@ def test_inspect_fetches_headers(client, hub, folders, everything, weights):
     assert max(hub.downloads().values()) <= 2 * 100_001  # once to describe, once to plan
 
 
+def test_headers_that_the_hub_does_not_give(client, hub, folders, weights):
+    """An answer that is no header is an error, not a reason to fetch gigabytes."""
+    hub.add("lab/no-headers", files_of(folders / "hf"))
+    for name in weights:
+        hub.fail(500, times=99, path=name)
+    assert "the Hub answered 500 to a request for lab/no-headers" in client.refuse("inspect", "lab/no-headers")
+    assert all(size < 1000 for name, size in hub.downloads().items() if name in weights)  # the answer 500
+
+
 def test_a_single_file_of_weights(client, hub, folders, tmp_path):
     convert(folders / "meta", tmp_path / "single", verify=False)
     hub.add("lab/single", tmp_path / "single")

@@ -3,12 +3,14 @@
 import hashlib
 import io
 import json
+import math
 import re
 import shutil
 from contextlib import redirect_stdout
 from types import SimpleNamespace
 
 import pytest
+import torch
 from checkpoints import hf_model, params, small_tokenizer, write_meta
 from command_line import refuse, run
 from huggingface_hub import ModelCard, parse_eval_result_entries
@@ -56,12 +58,12 @@ def test_facts(folders):
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             content = (folders / folder / name).read_bytes()
             assert row(made, name) == f"{len(content):,} | `{hashlib.sha256(content).hexdigest()}`"
-    assert "Converted from meta: Meta's format, 2 shards.\nAfterwards all 21 tensors were equal" in card
+    assert "Converted from `meta`: Meta's format, 2 shards.\nAfterwards all 21 tensors were equal" in card
     assert "convert_hf_to_gguf" not in card  # which knows Meta's own vocabulary, and no other
     assert not re.search(r"\bNone\b|\bnan\b|TODO|unknown|\{", card)
     cast = build_card(folders / "cast", "mit")
-    assert "Converted from plays: Meta's format, 2 shards, cast to float16.\nAfterwards every cast" in cast
-    assert "Converted from meta" in unverified and "Afterwards" not in unverified
+    assert "Converted from `plays`: Meta's format, 2 shards, cast to float16.\nAfterwards every cast" in cast
+    assert "Converted from `meta`" in unverified and "Afterwards" not in unverified
 
 
 def test_front_matter_as_the_hub_reads_it(folders):
@@ -157,16 +159,7 @@ def test_a_base_on_the_hub(folders, tmp_path):
     convert(source, tmp_path / "model", to="hf")
     data = ModelCard(build_card(tmp_path / "model", "mit")).data
     assert data.base_model == "lab/Llama-Plays" and "base_model_relation" not in data.to_dict()
-    facts = {
-        "text": "t",
-        "steps": 1,
-        "batch_size": 1,
-        "context": 8,
-        "first_loss": 2.0,
-        "validation_loss": 1.0,
-        "vocab_size": 8,
-    }
-    (tmp_path / "model" / "training.json").write_text(json.dumps(facts | {"source": str(source)}))
+    (tmp_path / "model" / "training.json").write_text(json.dumps(TRAINING | {"source": "lab/Llama-Plays"}))
     data = ModelCard(build_card(tmp_path / "model", "mit")).data
     assert (data.base_model, data.to_dict()["base_model_relation"]) == ("lab/Llama-Plays", "finetune")
 
@@ -202,6 +195,77 @@ def test_what_cannot_be_recorded(folders, tmp_path):
     assert "--benchmark must be OWNER/DATASET:TASK" in message
     convert(folders / "base", tmp_path / "model", to="hf", verify=False)
     (tmp_path / "model" / "evaluations.json").write_text('{"evaluations": [{"loss": 1}]}')
-    assert "is not what `evaluate --record` writes" in refuse("card", tmp_path / "model", "--license", "mit")
-    (tmp_path / "model" / "provenance.json").write_text('{"source": 1}')
-    assert "`source` in" in refuse("card", tmp_path / "model", "--license", "mit")
+    model = tmp_path / "model"
+    assert "`text` in" in refuse("card", model, "--license", "mit")
+    assert "`text` in" in refuse("evaluate", model, *text, "--record")  # before the work
+    (model / "evaluations.json").unlink()
+    (tmp_path / "text.txt").write_text("abcd b abc")
+    with torch.no_grad():
+        broken = AutoModelForCausalLM.from_pretrained(model)
+        broken.model.norm.weight.fill_(math.nan)
+    broken.save_pretrained(model)
+    assert "--record needs a perplexity that is a number, got nan" in refuse("evaluate", model, *text, "--record")
+    assert not (model / "evaluations.json").exists()
+
+
+TRAINING = {
+    "text": "t",
+    "source": None,
+    "first_loss": 2.0,
+    "validation_loss": 1.0,
+    "learning_rate": 0.1,
+    "seconds": 1.0,
+}
+TRAINING |= dict.fromkeys(("steps", "batch_size", "context", "vocab_size", "seed", "best_step"), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("provenance.json", {"source": 1}, "`source` in"),
+        ("provenance.json", {"verified": {"tensors": "all"}}, "`tensors` in"),
+        ("training.json", {"first_loss": "low"}, "`first_loss` in"),
+        ("training.json", {"source": ["a"]}, "`source` in"),
+        ("evaluations.json", {"evaluations": "good"}, "`evaluations` in"),
+        ("evaluations.json", {"evaluations": [1]}, "`text` in"),
+    ],
+)
+def test_facts_of_other_types(name, content, message, folders, tmp_path):
+    model = shutil.copytree(folders / "base", tmp_path / "model")
+    known = json.loads((model / name).read_text()) if (model / name).exists() else TRAINING
+    (model / name).write_text(json.dumps(known | content))
+    sentence = refuse("card", model, "--license", "mit")
+    assert message in sentence and "remove the file" in sentence
+
+
+def test_odd_files_are_no_facts(folders, tmp_path):
+    model = shutil.copytree(folders / "base", tmp_path / "model")
+    (model / "training.json").write_text('{"steps": 3}')  # another tool's
+    (model / "norm.py").mkdir()
+    (model / "x.safetensors").symlink_to("nowhere")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": None, "model": []}))
+    card = build_card(model, "mit")
+    assert "## Training" not in card and "norm.py" not in card and "| Tokenizer" not in card
+    changed = (model / "tokenizer.json").read_bytes()  # after the list of hashes was made
+    assert hashlib.sha256(changed).hexdigest() in card
+
+
+def test_another_place_for_the_card(folders, tmp_path):
+    """What a person wrote into the file that is made again is kept, and in no other."""
+    command = ["card", folders / "base", "--license", "mit", "--output", tmp_path / "card.md"]
+    run(*command)
+    content = (tmp_path / "card.md").read_text()
+    (tmp_path / "card.md").write_text(content.replace(YOURS[0], f"{YOURS[0]}\nMy words.\n"))
+    run(*command)
+    assert "\nMy words.\n" in (tmp_path / "card.md").read_text()
+    assert "must be a file for a card" in refuse(*command[:-1], tmp_path)
+
+
+def test_a_licence_that_the_hub_does_not_list(folders, tmp_path):
+    model = shutil.copytree(folders / "base", tmp_path / "model")
+    assert "write license: other, license_name and license_link" in refuse("card", model, "--license", "other")
+    (model / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n")
+    assert ModelCard(build_card(model)).data.to_dict()["license_name"] == "mine"
+    (model / "README.md").write_text("---\nlicense:\n- llama3.1\n- mit\n---\n")
+    assert "Built with Llama" in build_card(model)
