@@ -12,6 +12,7 @@ from hf_llama3.conversion import convert
 from hf_llama3.conversion.checkpoint import Checkpoint
 from hf_llama3.conversion.hf_config import make_portable
 from hf_llama3.conversion.manifest import CURVES_FILE, TRAINING_FACTS, read_json, to_json
+from hf_llama3.conversion.provenance import PROVENANCE
 from hf_llama3.conversion.staging import is_taken, parent_of, system_errors, write_files
 from hf_llama3.errors import UserError
 
@@ -107,6 +108,7 @@ def finish_run(trainer, output: Path, tokenizer_files: dict[str, bytes], source:
         model = model.merge_and_unload()
     if is_first and trainer.settings.fsdp:  # the checkpoint is whole, the model in this process is not
         convert(trainer.state.best_model_checkpoint or last_checkpoint(output), staging, to="hf", verify=False)
+        (staging / PROVENANCE).unlink()  # it was made from a text, not from its own checkpoint
     elif is_first:
         model.save_pretrained(staging)
     if is_first:
