@@ -4,11 +4,13 @@
     OMP_NUM_THREADS=1 python benchmarks/generation.py --layers 4
     OMP_NUM_THREADS=1 python benchmarks/generation.py --layers 16 --contexts 64 2048 8192 --batches 1 4 16
     OMP_NUM_THREADS=1 python benchmarks/generation.py kernels
+    OMP_NUM_THREADS=1 python benchmarks/generation.py products --batches 1 16
 
 Random bfloat16 weights of the 1B geometry are written once, as a Hugging Face folder and as GGUF files. Then all
 contenders start (one after another, and the time to the first token from a cold process is taken), and are asked in
 turn, round after round. A step's share is what reading its weights once comes to of the speed at which this machine
-reads memory. Medians; ratios come last. `kernels` times matrix products alone, at the batches.
+reads memory. Medians; ratios come last. `kernels` times matrix products alone, at the batches; `products` those of
+a whole step beside the step.
 """
 
 import argparse
@@ -57,7 +59,7 @@ RATIOS = [
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=["generate", "kernels", "serve"], default="generate")
+    parser.add_argument("part", nargs="?", choices=["generate", "kernels", "products", "serve"], default="generate")
     parser.add_argument("--layers", type=int, default=4, help="of the 1B geometry's 16")
     parser.add_argument("--contexts", type=int, nargs="+", default=[64], help="prompt tokens before the steps")
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
@@ -72,6 +74,8 @@ def main():
         serve(args.serve, args.folder)
     elif args.part == "kernels":
         time_kernels(args)
+    elif args.part == "products":
+        time_products(args)
     else:
         with tempfile.TemporaryDirectory(dir=args.folder, prefix="generation-benchmark-") as folder:
             compare(args, Path(folder))
@@ -313,6 +317,39 @@ def time_kernels(args):
                 times.append((time.perf_counter() - started) / len(products))
             cells.append(f"{min(times) * 1e3:.2f} ms")
         print(f"| {rows} | " + " | ".join(cells) + " |")
+
+
+def time_products(args):
+    """Time steps of optimised models beside their matrix products alone, one after another with inputs at hand."""
+    import hf_llama3
+
+    print("| rows | weights | ms a step | products alone | share |\n|---:|---|---:|---:|---:|")
+    for quantize in (None, "int8", "int4"):
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)
+        model = hf_llama3.Llama3ForCausalLM(hf_llama3.Llama3Config(**GEOMETRY, num_hidden_layers=args.layers)).eval()
+        torch.set_default_dtype(torch.float32)
+        hf_llama3.optimize(model, quantize=quantize)
+        layers = [module for module in model.modules() if hasattr(module, "in_features")]
+        for rows in args.batches:
+            prompt = torch.randint(3, 1000, (rows, args.contexts[0]))
+            inputs = [torch.randn(rows, 1, layer.in_features).bfloat16() for layer in layers]
+            steps, products = [], []
+            for _ in range(args.rounds + 1):  # the first warms up
+                steps.append((time_tokens(model, prompt, args.steps + 2) - time_tokens(model, prompt, 2)) / args.steps)
+                started = time.perf_counter()
+                with torch.inference_mode():
+                    for layer, x in zip(layers, inputs, strict=True):
+                        layer(x)
+                products.append(time.perf_counter() - started)
+            step, alone = statistics.median(steps[1:]) * 1e3, statistics.median(products[1:]) * 1e3
+            print(f"| {rows} | {quantize or 'bfloat16'} | {step:.1f} | {alone:.1f} | {alone / step:.2f} |")
+
+
+def time_tokens(model, prompt, count: int) -> float:
+    started = time.perf_counter()
+    model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":
