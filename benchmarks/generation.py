@@ -322,6 +322,7 @@ def time_kernels(args):
 def time_products(args):
     """Time steps of optimised models beside their matrix products alone, one after another with inputs at hand."""
     import hf_llama3
+    from hf_llama3.generation.speed import time_generation
 
     print("| rows | weights | ms a step | products alone | share |\n|---:|---|---:|---:|---:|")
     for quantize in (None, "int8", "int4"):
@@ -332,24 +333,18 @@ def time_products(args):
         hf_llama3.optimize(model, quantize=quantize)
         layers = [module for module in model.modules() if hasattr(module, "in_features")]
         for rows in args.batches:
-            prompt = torch.randint(3, 1000, (rows, args.contexts[0]))
             inputs = [torch.randn(rows, 1, layer.in_features).bfloat16() for layer in layers]
             steps, products = [], []
             for _ in range(args.rounds + 1):  # the first warms up
-                steps.append((time_tokens(model, prompt, args.steps + 2) - time_tokens(model, prompt, 2)) / args.steps)
+                steps.append(time_generation(model, args.contexts[0], args.steps + 1, rows)[1])
                 started = time.perf_counter()
                 with torch.inference_mode():
                     for layer, x in zip(layers, inputs, strict=True):
                         layer(x)
                 products.append(time.perf_counter() - started)
-            step, alone = statistics.median(steps[1:]) * 1e3, statistics.median(products[1:]) * 1e3
+            step = statistics.median(seconds for times in steps[1:] for seconds in times) * 1e3
+            alone = statistics.median(products[1:]) * 1e3
             print(f"| {rows} | {quantize or 'bfloat16'} | {step:.1f} | {alone:.1f} | {alone / step:.2f} |")
-
-
-def time_tokens(model, prompt, count: int) -> float:
-    started = time.perf_counter()
-    model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":
