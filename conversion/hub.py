@@ -91,9 +91,9 @@ def described(path):
     Their files are as long as those on the Hub and take no room; the folder is gone afterwards. Meta's files, whose
     headers lie at their end, and what the Hub cannot be asked for, come whole.
     """
-    name = parse_name(path)
-    if name is None or not ((texts := fetch(path, weights=False)) / "config.json").exists():
-        yield fetch(path)
+    name, texts = parse_name(path), fetch(path, weights=False)
+    if name is None or not (texts / "config.json").exists():
+        yield texts
         return
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) / name.repo.split("/")[1]
@@ -173,8 +173,7 @@ def explain(error: BaseException, name: HubName) -> str:
     """Say what went wrong, without the library's own text where that could hold a token."""
     from huggingface_hub import constants, errors
 
-    endpoint = without_password(constants.ENDPOINT)
-    page = f"{endpoint}/{name.repo}"
+    page = f"{endpoint()}/{name.repo}"
     cached = "and not all that is needed is in the cache"
     match error:
         case errors.GatedRepoError():
@@ -198,7 +197,7 @@ def explain(error: BaseException, name: HubName) -> str:
             return f"{name.repo} is neither a folder here nor a name that the Hub can have; mend it"
         case errors.HTTPError():
             reason = type(error).__name__
-            return f"{endpoint} cannot be reached for {name.repo} ({reason}), {cached}; try again when it can"
+            return f"{endpoint()} cannot be reached for {name.repo} ({reason}), {cached}; try again when it can"
         case UnicodeError():
             return f"{name.repo} cannot be asked for with a token that is not ASCII; mend the variable HF_TOKEN"
         case errors.LocalEntryNotFoundError():
@@ -206,6 +205,13 @@ def explain(error: BaseException, name: HubName) -> str:
         case _:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             return f"{name.repo} cannot be fetched into {constants.HF_HUB_CACHE}: {reason}; try again"
+
+
+def endpoint() -> str:
+    """Return the address of the Hub as it may be shown."""
+    from huggingface_hub import constants
+
+    return without_password(constants.ENDPOINT)
 
 
 def wait(error) -> str:

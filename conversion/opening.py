@@ -9,7 +9,7 @@ from .checkpoint import Checkpoint
 from .hf_checkpoint import open_hf
 from .hub import fetch
 from .meta_checkpoint import PARAMS_FILE, SHARD_GLOBS, open_meta
-from .staging import is_unfinished
+from .staging import SIGNS, is_unfinished
 from .tokenizer import VERSIONS
 
 
@@ -72,8 +72,7 @@ def locate(path: Path) -> Path:
         )
     entries = sorted(path.iterdir())
     found = ", ".join(entry.name for entry in entries[:4]) or "nothing"
-    signs = ("config.json", PARAMS_FILE)
-    within = [entry for entry in entries if any(os.access(entry / sign, os.R_OK) for sign in signs)]
+    within = [entry for entry in entries if any(os.access(entry / sign, os.R_OK) for sign in SIGNS)]
     remedy = f"; pass {within[0]}" if within else ""
     formats = f"a Hugging Face folder (config.json) nor one of Meta's ({PARAMS_FILE})"
     raise UserError(f"{path} is neither {formats}; it holds {found}{remedy}")

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from hf_llama3.errors import UserError
 
-SIGNS = ("config.json", "params.json")  # what a folder must hold to be replaced
+SIGNS = ("config.json", "params.json")  # one of them tells a checkpoint; another folder is not replaced
 
 
 def check_target(source: Path, target: Path, needed: int, overwrite: bool) -> int:
@@ -145,10 +145,14 @@ def recover(target: Path):
 def write_files(folder: Path, files: dict[str, bytes]):
     """Write small files by their names, which may lie in a folder of their own, each whole or not at all."""
     for name, content in files.items():
-        partial = folder / f"{name}.partial"
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        finish(partial)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(folder / name, content)
+
+
+def write_file(path: Path, content: bytes):
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    finish(partial)
 
 
 def finish(partial: Path):

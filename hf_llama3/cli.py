@@ -449,7 +449,7 @@ def evaluate(
     report = evaluate(loaded, tokenizer, text, context, progress=True)
     if keep:
         record(report, benchmark)
-    print_json(report.to_dict()) if as_json else print_table(report.to_dict())
+    (print_json if as_json else print_table)(report.to_dict())
 
 
 @command("hf-llama3 card runs/shakespeare --license apache-2.0")

@@ -30,7 +30,7 @@ def quickstart(output, text=None) -> None:
     from .conversion import convert, verify
     from .conversion.staging import system_errors
     from .generation import generate_text
-    from .model_card import build_card
+    from .model_card import build_card, write_card
     from .training import Settings, train
     from .training.data import survey
     from .training.output import check_free
@@ -50,7 +50,7 @@ def quickstart(output, text=None) -> None:
     first, last, nothing = report.first_loss, report.validation_loss, math.log(report.vocab_size)
     say(f"   {report.num_parameters:,} parameters, {report.tokens:,} tokens")
     say(f"   validation loss {first:.2f} at the start (ln {report.vocab_size} = {nothing:.2f}), now {last:.2f}")
-    (hf / "README.md").write_text(build_card(hf, LICENSE), "utf-8")
+    write_card(hf / "README.md", build_card(hf, LICENSE))
 
     say(f"2. Convert to Meta's format, {SHARDS} shards, and back")
     convert(hf, meta, mp=SHARDS, progress=True)

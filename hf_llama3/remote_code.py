@@ -23,6 +23,11 @@ AUTO_MAP = {
 }
 
 
+def carries_code(folder) -> bool:
+    """Tell whether a folder is of our own type, which transformers loads by the code beside it."""
+    return json.loads((Path(folder) / "config.json").read_text("utf-8")).get("model_type") == "llama3"
+
+
 def code_files() -> dict[str, bytes]:
     """Read the six files: {name: content}."""
     return {name: (Path(__file__).parent / name).read_bytes() for name in CODE_FILES}

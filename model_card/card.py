@@ -18,10 +18,10 @@ from hf_llama3.conversion.manifest import (
     read_sums,
 )
 from hf_llama3.conversion.provenance import read_evaluations, read_provenance, read_training
-from hf_llama3.conversion.staging import finish, system_errors
+from hf_llama3.conversion.staging import system_errors, write_file
 from hf_llama3.errors import UserError
 from hf_llama3.presets import VOCAB_SIZE
-from hf_llama3.remote_code import CODE_FILES
+from hf_llama3.remote_code import CODE_FILES, carries_code
 
 from .front_matter import REPOSITORY, check_card, read_front_matter, split_card, write_front_matter
 from .licenses import META, check_license, license_of_meta
@@ -54,7 +54,7 @@ def build_card(
     if info.format != "hf":
         raise UserError(f"{folder} is in Meta's format; convert it first, then make the card of the new folder")
     written, provenance = read_front_matter(existing, place), read_provenance(folder)
-    version = provenance["llama_version"] if provenance else info.llama_version
+    version = version_of(info, provenance)
     license = license or written.get("license") or license_of_meta(info, version)
     if license is None:
         raise UserError(f"{folder} has no licence yet; add --license with the one you choose, such as apache-2.0")
@@ -76,7 +76,7 @@ def build_card(
         info=info,
         version=version.removesuffix(".0"),
         non_embedding=info.num_parameters - embeddings_of(info),
-        own_type=(folder / "modeling_llama3.py").exists(),
+        own_type=carries_code(folder),
         tokenizer=tokenizer_of(folder, info.config),
         is_metas_vocabulary=version != "2" and info.config["vocab_size"] == VOCAB_SIZE,
         memory=memory_of(info),
@@ -124,6 +124,11 @@ def is_made_here(content: str) -> bool:
 
 def as_list(value) -> list:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def version_of(info: CheckpointInfo, provenance: dict | None) -> str:
+    """Return the version of Llama: a conversion may have been told what no file tells."""
+    return provenance["llama_version"] if provenance else info.llama_version
 
 
 def base_model_of(provenance: dict | None, training: dict | None) -> dict:
@@ -189,8 +194,8 @@ def files_of(folder: Path, info: CheckpointInfo, progress: bool) -> list[tuple[s
     sums, listed = {}, folder / CHECKSUMS
     if listed.exists():
         known, made = read_sums(listed), listed.stat().st_mtime
-        sums = {name: value for name, value in known.items() if HEX_DIGITS[len(value)] == "sha256"}
-        sums = {path.name: sums[path.name] for path in paths if path.name in sums and path.stat().st_mtime <= made}
+        unchanged = [path.name for path in paths if path.name in known and path.stat().st_mtime <= made]
+        sums = {name: known[name] for name in unchanged if HEX_DIGITS[len(known[name])] == "sha256"}
     unknown = [path for path in paths if path.name not in sums]
     with byte_bar("hashing", sum(path.stat().st_size for path in unknown), progress and bool(unknown)) as bar:
         sums |= {path.name: hash_file(path, "sha256", bar.update) for path in unknown}
@@ -209,6 +214,4 @@ def write_card(path: Path, content: str):
             f"between the lines {YOURS[0]} and {YOURS[1]}"
         )
     with system_errors(path, "choose another file"):
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(content, "utf-8")
-        finish(partial)
+        write_file(path, content.encode())

@@ -15,9 +15,10 @@ from .licenses import IDENTIFIERS
 
 REPOSITORY = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
+LISTED = "|".join(map(re.escape, IDENTIFIERS))
 # Key -> (pattern of each value, whether there may be several, what it must be)
 RULES = {
-    "license": (None, True, "an identifier of the Hub's list, such as apache-2.0, mit, llama3.1 or other"),
+    "license": (LISTED, True, "an identifier of the Hub's list, such as apache-2.0, mit, llama3.1 or other"),
     "license_name": (r"[a-z0-9][a-z0-9.-]*", False, "a short name in small letters, such as my-terms-1.0"),
     "license_link": (r"LICENSE|LICENSE\.(md|txt)|https?://\S+", False, "LICENSE or an address"),
     "library_name": (r"[a-z0-9_.-]+", False, "a library's name, such as transformers"),
@@ -28,7 +29,6 @@ RULES = {
     "datasets": (REPOSITORY, True, "a repository, such as owner/name"),
     "tags": (r"\S.*", True, "a text"),
 }
-REQUIRED = ("license",)
 
 
 def split_card(content: str) -> tuple[str | None, str]:
@@ -63,34 +63,31 @@ def read_front_matter(content: str, path: Path) -> dict:
             raise UserError(f"{path}, line {line}: `{key.value}` stands in line {lines[key.value]} already; keep one")
         lines[key.value] = line
     for key, (pattern, several, rule) in RULES.items():
-        check_value(value, key, pattern, several, f"{path}, line {lines.get(key)}: `{key}` must be {rule}")
+        if key in value:
+            check_value(value[key], pattern, several, f"{path}, line {lines.get(key)}: `{key}` must be {rule}")
     if value.get("license") == "other" and "license_name" not in value:
         line = lines["license"]
         raise UserError(f"{path}, line {line}: `license: other` needs `license_name`, and `license_link` to its text")
     return value
 
 
-def check_value(value: dict, key: str, pattern: str | None, several: bool, message: str):
-    if key not in value:
-        return
-    given = value[key]
+def check_value(given, pattern: str, several: bool, message: str):
     for entry in given if several and isinstance(given, list) else [given]:
-        known = entry in IDENTIFIERS if pattern is None and isinstance(entry, str) else pattern is not None
-        if not isinstance(entry, str) or not known or (pattern and not re.fullmatch(pattern, entry)):
+        if not isinstance(entry, str) or not re.fullmatch(pattern, entry):
             got = repr(entry) if isinstance(entry, str | int | float | None) else type(entry).__name__
             raise UserError(f"{message}, got {got[:80]}")
 
 
-def check_card(content: str, path: Path):
-    """Raise unless the Hub would take a card as it stands.
+def check_card(content: str, path: Path) -> dict:
+    """Return what stands in the front matter of a card that the Hub would take as it stands.
 
     Raises:
         UserError: naming the line, or the key that is missing.
     """
     value = read_front_matter(content, path)
-    for key in REQUIRED:
-        if key not in value:
-            raise UserError(f"{path} has no `{key}` in its front matter; add one, or make the card with --license")
+    if "license" not in value:
+        raise UserError(f"{path} has no `license` in its front matter; add one, or make the card with --license")
+    return value
 
 
 def write_front_matter(value: dict) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from hf_llama3.conversion import inspect
 from hf_llama3.conversion.hf_checkpoint import INDEX
+from hf_llama3.conversion.hub import endpoint
 from hf_llama3.conversion.staging import system_errors, write_files
-from hf_llama3.errors import UserError, without_password
+from hf_llama3.errors import UserError
 
 from .card import CARD, as_list, build_card, is_made_here, read_card, write_card
-from .front_matter import check_card, read_front_matter
+from .front_matter import check_card
 from .licenses import META
 from .repository import NOTICE, check_repository, choose, notes_on
 
@@ -79,8 +80,7 @@ def publish(
     existing = read_card(folder / CARD)
     keeps_card = not is_made_here(existing)
     card = existing if keeps_card else build_card(folder, license, repo_id, progress=progress)
-    check_card(card, folder / CARD)
-    front_matter, info = read_front_matter(card, folder / CARD), inspect(folder)
+    front_matter, info = check_card(card, folder / CARD), inspect(folder)
     if keeps_card and license not in (None, front_matter["license"]):
         raise UserError(
             f"{folder / CARD} has the licence {front_matter['license']!r}, got --license {license}; edit it"
@@ -122,12 +122,6 @@ def check_name(repo_id: str):
         raise UserError(f"a repository must be named as the Hub allows, got {repo_id!r} ({reason}); mend it") from error
     if "/" not in repo_id:
         raise UserError(f"a repository must be named as owner/name, got {repo_id!r}; put the owner before it")
-
-
-def endpoint() -> str:
-    from huggingface_hub import constants
-
-    return without_password(constants.ENDPOINT)
 
 
 def upload(folder: Path, report: PublishReport, private: bool, create_pr: bool):

@@ -9,9 +9,9 @@ from hf_llama3.conversion.hf_checkpoint import INDEX
 from hf_llama3.conversion.manifest import CHECKSUMS, CURVES_FILE, EVALUATIONS, TRAINING_FACTS, check_sums, read_json
 from hf_llama3.conversion.provenance import PROVENANCE, read_provenance
 from hf_llama3.errors import UserError
-from hf_llama3.remote_code import AUTO_MAP, CODE_FILES, code_files
+from hf_llama3.remote_code import AUTO_MAP, CODE_FILES, carries_code, code_files
 
-from .card import CARD
+from .card import CARD, version_of
 from .licenses import META, MetaLicense, license_of_meta
 
 NOTICE = "NOTICE"
@@ -63,11 +63,6 @@ def check_repository(folder: Path, info: CheckpointInfo, chosen: list[str], prog
             check_secrets(folder / name)
 
 
-def carries_code(folder: Path) -> bool:
-    """Tell whether a folder is of our own type, which transformers loads by the code beside it."""
-    return read_json(folder / "config.json").get("model_type") == "llama3"
-
-
 def check_code(folder: Path):
     """Raise unless a folder of our own type carries the code that this package has, and says where it is."""
     if not carries_code(folder):
@@ -116,8 +111,7 @@ def check_secrets(path: Path):
 def notes_on(folder: Path, repo_id: str, info: CheckpointInfo, terms: list[MetaLicense]) -> list[str]:
     """Say what is no error but should be known before publishing."""
     notes = [] if info.tokenizer else ["there is no tokenizer: nobody can put a text into this model"]
-    provenance = read_provenance(folder)
-    metas = license_of_meta(info, provenance["llama_version"] if provenance else info.llama_version)
+    metas = license_of_meta(info, version_of(info, read_provenance(folder)))
     if metas and META[metas] not in terms:
         notes.append(f"it has the shape and vocabulary of {META[metas].name}: Meta's weights are under {metas}")
     for one in terms:

@@ -118,9 +118,7 @@ def finish_run(trainer, output: Path, tokenizer_files: dict[str, bytes], source:
         make_portable(staging, source and source.generation_config)
         if note := plot_curves(report.curves, staging / CURVES_FILE):
             report.notes.append(note)
-        facts = report.to_dict() | {
-            "output": output.resolve().name
-        }  # it may be published, and a path tells of its owner
+        facts = report.to_dict() | {"output": output.resolve().name}  # what is published tells no path
         (staging / TRAINING_FACTS).write_bytes(to_json(facts))
         for path in sorted(staging.iterdir(), key=lambda path: path.name == LAST):
             path.rename(output / path.name)

@@ -68,7 +68,12 @@ def test_facts(folders):
 
 def test_front_matter_as_the_hub_reads_it(folders):
     data = ModelCard(build_card(folders / "base", "apache-2.0")).data
-    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "text-generation")
+    found = data.to_dict()
+    assert [found[key] for key in ("license", "library_name", "pipeline_tag")] == [
+        "apache-2.0",
+        "transformers",
+        "text-generation",
+    ]
     assert data.tags == ["llama", "llama-3"]
 
 

@@ -33,7 +33,7 @@ def test_what_is_right():
         ("license: mit\ntags: [1]\n", "line 3: `tags` must be a text, got 1"),
         ("license: mit\nlanguage: no\n", "line 3: `language` must be a code such as en, got False"),
         ("license: mit\nlanguage: english\n", "line 3: `language` must be a code"),
-        ("license: mit\nbase_model: /root/model\n", "line 3: `base_model` must be a repository"),
+        ("license: mit\nbase_model: /models/mine\n", "line 3: `base_model` must be a repository"),
         ("license: mit\nbase_model_relation: converted\n", "line 3: `base_model_relation` must be one of adapter"),
         ("license: mit\npipeline_tag: Text Generation\n", "line 3: `pipeline_tag` must be a task"),
         ("license: other\n", "line 2: `license: other` needs `license_name`"),
