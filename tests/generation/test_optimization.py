@@ -129,9 +129,10 @@ def test_changes_are_refused(change, model):
     assert torch.equal(logits(model), theirs)
 
 
-def test_a_changed_embedding_is_noticed():
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_changed_embedding_is_noticed(kind):
     """The head shares it."""
-    model = hf_llama3.optimize(make_model())
+    model = hf_llama3.optimize(make_model(kind))
     with torch.no_grad():
         model.model.embed_tokens.weight[5] = 1.0
     with pytest.raises(UserError, match=r"must stay as they are; call hf_llama3\.restore before"):
@@ -149,11 +150,12 @@ def test_what_changes_nothing_is_let_through(model):
     assert torch.equal(logits(model), theirs)
 
 
-def test_adapters():
+@pytest.mark.parametrize("kind", CLASSES)
+def test_adapters(kind):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    wrapped = peft.get_peft_model(make_model(), config)
-    injected = make_model()
+    wrapped = peft.get_peft_model(make_model(kind), config)
+    injected = make_model(kind)
     injected.add_adapter(config)
     for model in (wrapped, injected):
         with pytest.raises(UserError, match="adapters must be merged first"):
@@ -163,8 +165,9 @@ def test_adapters():
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
 
 
-def test_offload(tmp_path):
-    make_model(tie_word_embeddings=False).save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("kind", CLASSES)
+def test_offload(kind, tmp_path):
+    make_model(kind, tie_word_embeddings=False).save_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model",
         device_map=dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.rotary_emb", "lm_head"], "cpu")
