@@ -32,13 +32,16 @@ GEOMETRY = {
     **{"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "tie_word_embeddings": True},
     **{"bos_token_id": 128000, "eos_token_id": None, "pad_token_id": 0},
 }
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # read by torch, for tensors of 2 MB and more
 CONTENDERS = {
     "upstream": {},
     "upstream, static and compiled": {"stock": True},
     "ours, plain": {},
     "ours, optimize": {"optimize": {}},
     "ours, compile": {"optimize": {"compile": True}},
+    "ours, huge pages": {"optimize": {}, "environment": HUGE_PAGES},
     "ours, int8": {"optimize": {"quantize": "int8"}},
+    "ours, int8, huge pages": {"optimize": {"quantize": "int8"}, "environment": HUGE_PAGES},
     "ours, int8, compile": {"optimize": {"quantize": "int8", "compile": True}},
     "ours, int4": {"optimize": {"quantize": "int4"}},
     "ours, int4, compile": {"optimize": {"quantize": "int4", "compile": True}},
@@ -49,8 +52,11 @@ CONTENDERS = {
 RATIOS = [
     ("ours, optimize", "upstream"),
     ("ours, optimize", "llama.cpp bf16"),
+    ("ours, huge pages", "ours, optimize"),
+    ("ours, huge pages", "llama.cpp bf16"),
     ("ours, compile", "llama.cpp bf16"),
     ("ours, int8", "llama.cpp q8_0"),
+    ("ours, int8, huge pages", "llama.cpp q8_0"),
     ("ours, int8, compile", "llama.cpp q8_0"),
     ("ours, int4", "llama.cpp q4_0"),
     ("ours, int4, compile", "llama.cpp q4_0"),
@@ -141,8 +147,9 @@ class Worker:
     def __init__(self, name: str, folder: Path):
         print(f"starting {name}", file=sys.stderr)
         command = [sys.executable, __file__, "serve", "--serve", name, "--folder", str(folder)]
-        started = time.perf_counter()
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment, started = os.environ | CONTENDERS[name].get("environment", {}), time.perf_counter()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=environment, **pipes)
         self.facts = self.read()
         self.first_token = time.perf_counter() - started
 

@@ -1,5 +1,10 @@
 """Weights of 8 and 4 bits: how far from the plain ones, and what is refused."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from small import CLASSES, logits, make_model, prompts
@@ -108,3 +113,33 @@ def test_shapes_that_int4_does_not_take():
     model = hf_llama3.optimize(make_model(num_attention_heads=5, num_key_value_heads=5, head_dim=16), quantize="int4")
     assert type(model.model.layers[0].self_attn.q_proj.kernel) is Int8Kernel
     assert torch.isfinite(logits(model)).all()
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+PACK = """
+import torch
+from hf_llama3.generation.kernels import DenseKernel, Int4Kernel, Int8Kernel
+
+def in_large_pages():
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages"))
+
+weight, kernels = torch.ones(4096, 4096, dtype=torch.bfloat16), []
+for kernel in (DenseKernel, Int8Kernel, Int4Kernel):
+    before = in_large_pages()
+    kernels.append(kernel(weight))
+    print((in_large_pages() - before) / kernels[-1].packed.numel() / (2 if kernel is DenseKernel else 1))
+"""
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[madvise]" not in LARGE_PAGES.read_text(), reason="large pages are not on request here"
+)
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_large_pages(asked):
+    """torch puts packed weights of 2 MB and more into large pages where its variable asks for them."""
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": asked}
+    result = subprocess.run([sys.executable, "-c", PACK], env=environment, capture_output=True, text=True, check=False)
+    shares = [float(line) for line in result.stdout.splitlines()]
+    assert len(shares) == 3, result.stderr
+    assert all(share > 0.7 if asked == "1" else share == 0 for share in shares)
