@@ -17,11 +17,12 @@ def compile_decoding(model: PreTrainedModel, progress: bool = False):
     """Let `model.generate` decode by a compiled step, and compile it for one row and for several.
 
     Lengths and numbers of rows are symbols to the compiled code, but for one row, which is compiled apart; so nothing
-    is compiled again when prompts or batches change. What cannot be decoded over a static cache (drafts by an assistant
-    or from the prompt) is decoded as ever, and so are what brings a cache of its own and, on a CPU, many or long rows.
+    is compiled again when prompts or batches change; on a GPU a CUDA graph of the code is recorded for each number of
+    rows and size of cache. What cannot be decoded over a static cache (drafts by an assistant or from the prompt) is
+    decoded as ever, and so are what brings a cache of its own and, on a CPU, many or long rows.
     """
-    on_gpu = model.device.type == "cuda"
-    config = CompileConfig(fullgraph=True, dynamic=not on_gpu, mode="reduce-overhead" if on_gpu else "default")
+    mode = "reduce-overhead" if model.device.type == "cuda" else "default"  # the former records CUDA graphs
+    config = CompileConfig(fullgraph=True, dynamic=True, mode=mode)
     config._compile_all_devices = True
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since torch 2.13
         config.isolate_recompiles = True  # each model has a limit of its own

@@ -35,16 +35,17 @@ def optimize(
     """Return the same model, ready to generate fast and not to be changed until `restore`.
 
     On a CPU every linear layer multiplies by its weight in oneDNN's order, which takes the plain one's place. Outputs
-    stay within the rounding of sums in another order. Any transformers model will do.
+    stay within the rounding of sums in another order. On another device `compile` is what makes it faster. Any
+    transformers model will do.
 
     Args:
-        quantize: weights of "int8", or of "int4" (the head of int8); outputs change, and only loading brings back
-            what they were.
+        quantize: on a CPU, weights of "int8", or of "int4" (the head of int8); outputs change, and only loading brings
+            back what they were.
         compile: decode over a static cache by a compiled step; to compile it takes a minute or so, here and now.
         progress: show on standard error how far that is.
 
     Raises:
-        UserError: the model has adapters, lies on several devices or is quantised already.
+        UserError: the model has adapters, lies on several devices, is quantised already, or shall be on a GPU.
     """
     check(model, quantize)
     done = model.__dict__.get("optimization")
@@ -55,7 +56,10 @@ def optimize(
     model.eval()
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    pack_linears(model, quantize)
+    if model.device.type == "cpu":
+        pack_linears(model, quantize)
+    elif not compile:
+        warnings.warn(f"on {model.device} a compiled step alone is faster; optimize with compile=True", stacklevel=2)
     model.optimization = Optimization(quantize, compile, trainable)
     refuse_changes(model)
     if compile:
@@ -107,6 +111,10 @@ def check(model: PreTrainedModel, quantize: str | None):
     if devices or any(parameter.device.type == "meta" for parameter in model.parameters()):
         where = " and ".join(devices) or "nowhere (meta)"
         raise UserError(f"all weights must lie on one device, got {where}; load the model without offload")
+    if quantize and model.device.type != "cpu":
+        raise UserError(
+            f"`quantize` is for a CPU, got {quantize!r} for a model on {model.device}; load it with a TorchAoConfig"
+        )
 
 
 def pack_linears(model: PreTrainedModel, quantize: str | None):
@@ -117,7 +125,7 @@ def pack_linears(model: PreTrainedModel, quantize: str | None):
     for module in [module for module in model.modules() if type(module) is nn.Linear]:
         kernel = choose_kernel(module.weight, "int8" if quantize == "int4" and module is head else quantize)
         if kernel is None:
-            skipped[f"{module.weight.dtype} on {module.weight.device.type}".removeprefix("torch.")] += 1
+            skipped[str(module.weight.dtype).removeprefix("torch.")] += 1
         else:
             pack(module, kernel(module.weight), keeps_weight=holders[id(module.weight)] > 1)
     if skipped:
@@ -127,7 +135,7 @@ def pack_linears(model: PreTrainedModel, quantize: str | None):
 
 def choose_kernel(weight: torch.Tensor, quantize: str | None):
     """Return the class of the kernel for a weight, or None where there is none."""
-    if weight.device.type != "cpu" or not can_pack(weight.dtype):
+    if not can_pack(weight.dtype):
         return None
     if quantize == "int4" and Int4Kernel.takes(weight):
         return Int4Kernel

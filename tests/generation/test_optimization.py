@@ -199,15 +199,30 @@ def test_refused_models(model, options, message):
 def test_no_kernel_for_a_type():
     model = make_model(dtype=torch.float64)
     theirs = logits(model)
-    with pytest.warns(UserWarning, match="no faster kernel here were left as they are: 15 of float64 on cpu"):
+    with pytest.warns(UserWarning, match="no faster kernel here were left as they are: 15 of float64"):
         hf_llama3.optimize(model)
     assert torch.equal(logits(model), theirs)
 
 
 def test_no_kernel_at_all(monkeypatch):
     monkeypatch.setattr(optimization, "can_pack", lambda dtype: False)
-    with pytest.warns(UserWarning, match="15 of float32 on cpu"):
+    with pytest.warns(UserWarning, match="15 of float32"):
         hf_llama3.optimize(make_model())
+
+
+def test_on_a_gpu(monkeypatch):
+    """What a GPU is told, where there is none: all but the compiling."""
+    plain = make_model()
+    monkeypatch.setattr(type(plain), "device", torch.device("cuda", 0))
+    with pytest.raises(UserError, match="is for a CPU, got 'int8' for a model on cuda:0; load it with a TorchAoConfig"):
+        hf_llama3.optimize(plain, quantize="int8")
+    with pytest.warns(UserWarning, match="on cuda:0 a compiled step alone is faster; optimize with compile=True"):
+        hf_llama3.optimize(plain)
+    monkeypatch.setattr(optimization, "compile_decoding", lambda *args: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hf_llama3.optimize(plain, compile=True)
+    assert not any(type(module) is PackedLinear for module in plain.modules())
 
 
 def test_nothing_is_said_where_all_is_well(model):
