@@ -64,12 +64,12 @@ def bench(model, prompt_tokens: int = 64, new_tokens: int = 32, batch_size: int 
         batch_size=batch_size,
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name() if model.device.type == "cuda" else platform.processor() or "cpu",
-        weight_gigabytes=round(weight / 1e9, 3),
+        weight_gigabytes=float(f"{weight / 1e9:.3g}"),
         prefill_tokens_per_second=round(batch_size * prompt_tokens / statistics.median(prefills), 1),
         milliseconds_per_token=round(step * 1e3, 2),
         tokens_per_second=round(batch_size / step, 1),
         read_gigabytes_per_second=round(read / 1e9, 1),
-        share_of_read=round(weight / step / read, 3),
+        share_of_read=float(f"{weight / step / read:.3g}"),
     )
 
 

@@ -101,6 +101,8 @@ def test_bench(talker):
     report = json.loads(run(*arguments, "--json").stdout)
     assert report["batch_size"] == 2 and report["new_tokens"] == 4 and report["prompt_tokens"] == 64
     assert report["tokens_per_second"] == pytest.approx(2000 / report["milliseconds_per_token"], rel=0.05)
+    read = report["weight_gigabytes"] / report["milliseconds_per_token"] * 1e3
+    assert report["share_of_read"] == pytest.approx(read / report["read_gigabytes_per_second"], rel=0.05)
     assert 0 < report["share_of_read"] < 2 and report["prefill_tokens_per_second"] > 0
     assert "must fit the model's context of 4096, got 4000 and 100" in refuse(
         "bench", talker, "--prompt-tokens", 4000, "--new-tokens", 100
