@@ -118,14 +118,14 @@ def test_shapes_that_int4_does_not_take():
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PACK = """
 import torch
-from hf_llama3.generation.kernels import DenseKernel, Int4Kernel, Int8Kernel
+from hf_llama3.generation.kernels import DenseKernel, Int8Kernel
 
 def in_large_pages():
     lines = open("/proc/self/smaps_rollup").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages"))
 
-weight, kernels = torch.ones(4096, 4096, dtype=torch.bfloat16), []
-for kernel in (DenseKernel, Int8Kernel, Int4Kernel):
+weight, kernels = torch.ones(8192, 5120, dtype=torch.bfloat16), []  # more than malloc takes from memory it has
+for kernel in (DenseKernel, Int8Kernel):
     before = in_large_pages()
     kernels.append(kernel(weight))
     print((in_large_pages() - before) / kernels[-1].packed.numel() / (2 if kernel is DenseKernel else 1))
@@ -137,9 +137,9 @@ for kernel in (DenseKernel, Int8Kernel, Int4Kernel):
 )
 @pytest.mark.parametrize("asked", ["0", "1"])
 def test_large_pages(asked):
-    """torch puts packed weights of 2 MB and more into large pages where its variable asks for them."""
+    """torch puts packed weights into large pages where its variable asks for them."""
     environment = os.environ | {"THP_MEM_ALLOC_ENABLE": asked}
     result = subprocess.run([sys.executable, "-c", PACK], env=environment, capture_output=True, text=True, check=False)
     shares = [float(line) for line in result.stdout.splitlines()]
-    assert len(shares) == 3, result.stderr
-    assert all(share > 0.7 if asked == "1" else share == 0 for share in shares)
+    assert len(shares) == 2, result.stderr
+    assert all(share > 0.8 if asked == "1" else share == 0 for share in shares)
