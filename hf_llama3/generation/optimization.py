@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_llama3.errors import UserError
 
+from .cache import METHOD, grow_caches
 from .compiled import METHODS, compile_decoding
 from .defaults import QUANTIZATIONS
 from .kernels import DenseKernel, Int4Kernel, Int8Kernel, can_pack
@@ -58,6 +59,7 @@ def optimize(
     model.requires_grad_(False)
     if model.device.type == "cpu":
         pack_linears(model, quantize)
+        grow_caches(model)
     elif not compile:
         warnings.warn(f"on {model.device} a compiled step alone is faster; optimize with compile=True", stacklevel=2)
     model.optimization = Optimization(quantize, compile, trainable)
@@ -79,7 +81,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     if done.quantize:
         raise UserError(f"a model quantised to {done.quantize} cannot be restored; load {origin(model)} again")
     for module in model.modules():
-        for name in (*REFUSED, *NO_PLAIN_WEIGHTS, *METHODS):
+        for name in (*REFUSED, *NO_PLAIN_WEIGHTS, *METHODS, METHOD):
             module.__dict__.pop(name, None)
         if isinstance(module, PackedLinear):
             unpack(module)

@@ -1,0 +1,62 @@
+"""The keys and values of `model.generate`, written behind one another instead of copied at every step."""
+
+# Shapes: B rows, K key/value heads, S tokens so far, T new tokens, D channels of a head
+
+import functools
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+SPARE_TOKENS, SPARE_SHARE = 256, 8  # room for so many more tokens, or an eighth more
+METHOD = "_prepare_cache_for_generation"  # that stands on the model itself
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values (B, K, S, D), as views of memory that has room for more."""
+
+    key_memory = value_memory = None  # (B, K, S + room, D)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Append (B, K, T, D) and return all keys and all values (B, K, S + T, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.key_memory, self.keys = append(self.key_memory, self.keys, key_states)
+        self.value_memory, self.values = append(self.value_memory, self.values, value_states)
+        return self.keys, self.values
+
+
+def append(memory: torch.Tensor | None, seen: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write `new` behind `seen`, in `memory` where that holds `seen` and has room; return the memory and the whole."""
+    start = seen.shape[-2] if seen.numel() else 0
+    end = start + new.shape[-2]
+    if memory is None or not starts_with(memory, seen) or end > memory.shape[-2]:
+        memory = new.new_empty(*new.shape[:-2], end + max(SPARE_TOKENS, end // SPARE_SHARE), new.shape[-1])
+        if start:
+            memory[..., :start, :] = seen
+    memory[..., start:end, :] = new
+    return memory, memory[..., :end, :]
+
+
+def starts_with(memory: torch.Tensor, seen: torch.Tensor) -> bool:
+    """Tell whether `seen` is the memory's own beginning, no copy or selection, and may be written behind now."""
+    may_write = torch.is_inference_mode_enabled() or not memory.is_inference()
+    is_start = (memory.data_ptr(), memory.stride()) == (seen.data_ptr(), seen.stride())
+    return may_write and is_start and memory.shape[:-2] == seen.shape[:-2]
+
+
+def grow_caches(model: PreTrainedModel):
+    """Let the caches that `model.generate` makes grow in place."""
+    setattr(model, METHOD, functools.partial(prepare_cache, model))
+
+
+def prepare_cache(model: PreTrainedModel, generation_config, model_kwargs: dict, *args, **kwargs):
+    """Stand for the library's method: a plain cache that it makes gets growing layers, all others are left alone."""
+    given = model_kwargs.get("past_key_values")
+    result = getattr(type(model), METHOD)(model, generation_config, model_kwargs, *args, **kwargs)
+    cache = model_kwargs.get("past_key_values")
+    if cache is not given and type(cache) is DynamicCache:
+        for layer in cache.layers:
+            if type(layer) is DynamicLayer:
+                layer.__class__ = GrowingLayer
+    return result
