@@ -328,16 +328,16 @@ def time_kernels(args):
 
 def time_products(args):
     """Time steps of optimised models beside their matrix products alone, one after another with inputs at hand."""
+    from transformers import AutoModelForCausalLM
+
     import hf_llama3
     from hf_llama3.generation.speed import time_generation
 
     print("| rows | weights | ms a step | products alone | share |\n|---:|---|---:|---:|---:|")
     for quantize in (None, "int8", "int4"):
         torch.manual_seed(0)
-        torch.set_default_dtype(torch.bfloat16)
-        model = hf_llama3.Llama3ForCausalLM(hf_llama3.Llama3Config(**GEOMETRY, num_hidden_layers=args.layers)).eval()
-        torch.set_default_dtype(torch.float32)
-        hf_llama3.optimize(model, quantize=quantize)
+        config = hf_llama3.Llama3Config(**GEOMETRY, num_hidden_layers=args.layers)
+        model = hf_llama3.optimize(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), quantize=quantize)
         layers = [module for module in model.modules() if hasattr(module, "in_features")]
         for rows in args.batches:
             inputs = [torch.randn(rows, 1, layer.in_features).bfloat16() for layer in layers]

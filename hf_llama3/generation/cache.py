@@ -9,7 +9,6 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 SPARE_TOKENS, SPARE_SHARE = 256, 8  # room for so many more tokens, or an eighth more
-METHOD = "_prepare_cache_for_generation"  # that stands on the model itself
 
 
 class GrowingLayer(DynamicLayer):
@@ -47,13 +46,13 @@ def starts_with(memory: torch.Tensor, seen: torch.Tensor) -> bool:
 
 def grow_caches(model: PreTrainedModel):
     """Let the caches that `model.generate` makes grow in place."""
-    setattr(model, METHOD, functools.partial(prepare_cache, model))
+    model._prepare_cache_for_generation = functools.partial(prepare_cache, model)
 
 
 def prepare_cache(model: PreTrainedModel, generation_config, model_kwargs: dict, *args, **kwargs):
     """Stand for the library's method: a plain cache that it makes gets growing layers, all others are left alone."""
     given = model_kwargs.get("past_key_values")
-    result = getattr(type(model), METHOD)(model, generation_config, model_kwargs, *args, **kwargs)
+    result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
     cache = model_kwargs.get("past_key_values")
     if cache is not given and type(cache) is DynamicCache:
         for layer in cache.layers:

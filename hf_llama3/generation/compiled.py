@@ -10,7 +10,6 @@ from transformers import CompileConfig, PreTrainedModel
 SMALLEST_CACHE = 256  # tokens; a longer one has twice or four times as many, and so on
 CPU_ROWS, CPU_TOKENS = 4, 512  # up to which a compiled step is the faster one on a CPU, see `is_worth_it`
 ELSEWISE = ("assistant_model", "prompt_lookup_num_tokens", "past_key_values", "cache_implementation", "use_cache")
-METHODS = ("generate", "_prepare_static_cache")  # that stand on the model itself
 
 
 def compile_decoding(model: PreTrainedModel, progress: bool = False):

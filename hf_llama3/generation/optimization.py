@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 
 from hf_llama3.errors import UserError
 
-from .cache import METHOD, grow_caches
-from .compiled import METHODS, compile_decoding
+from .cache import grow_caches
+from .compiled import compile_decoding
 from .defaults import QUANTIZATIONS
 from .kernels import DenseKernel, Int4Kernel, Int8Kernel, can_pack
 from .packed import PackedLinear, pack, unpack
 
 REFUSED = ("train", "_apply", "load_state_dict")  # methods that would change the weights or lead to it
+REPLACED = ("generate", "_prepare_static_cache", "_prepare_cache_for_generation")  # the model gets its own
 NO_PLAIN_WEIGHTS = ("state_dict", "save_pretrained", "push_to_hub")  # refused where the weights are quantised
 
 
@@ -46,7 +47,8 @@ def optimize(
         progress: show on standard error how far that is.
 
     Raises:
-        UserError: the model has adapters, lies on several devices, is quantised already, or shall be on a GPU.
+        UserError: the model has adapters, lies on several devices, is quantised already, or shall be
+            quantised on a GPU.
     """
     check(model, quantize)
     done = model.__dict__.get("optimization")
@@ -81,7 +83,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     if done.quantize:
         raise UserError(f"a model quantised to {done.quantize} cannot be restored; load {origin(model)} again")
     for module in model.modules():
-        for name in (*REFUSED, *NO_PLAIN_WEIGHTS, *METHODS, METHOD):
+        for name in (*REFUSED, *NO_PLAIN_WEIGHTS, *REPLACED):
             module.__dict__.pop(name, None)
         if isinstance(module, PackedLinear):
             unpack(module)
@@ -127,7 +129,7 @@ def pack_linears(model: PreTrainedModel, quantize: str | None):
     for module in [module for module in model.modules() if type(module) is nn.Linear]:
         kernel = choose_kernel(module.weight, "int8" if quantize == "int4" and module is head else quantize)
         if kernel is None:
-            skipped[str(module.weight.dtype).removeprefix("torch.")] += 1
+            skipped[f"{module.weight.dtype} on {module.weight.device.type}".removeprefix("torch.")] += 1
         else:
             pack(module, kernel(module.weight), keeps_weight=holders[id(module.weight)] > 1)
     if skipped:
@@ -137,7 +139,7 @@ def pack_linears(model: PreTrainedModel, quantize: str | None):
 
 def choose_kernel(weight: torch.Tensor, quantize: str | None):
     """Return the class of the kernel for a weight, or None where there is none."""
-    if not can_pack(weight.dtype):
+    if weight.device.type != "cpu" or not can_pack(weight.dtype):
         return None
     if quantize == "int4" and Int4Kernel.takes(weight):
         return Int4Kernel

@@ -41,7 +41,7 @@ def test_same_as_the_library(length, change):
     ours, theirs, rows = GrowingLayer(), DynamicLayer(), 3
     for seed, size in enumerate((length, 1, 1, 2)):
         for layer in (ours, theirs):
-            made = layer.update(*states(rows, size, seed))
+            layer.update(*states(rows, size, seed))
     for layer in (ours, theirs):
         CHANGES[change](layer)
     rows = {"fewer rows": 2, "more rows": 6, "the first row": 1}.get(change, rows)
@@ -68,9 +68,8 @@ def test_a_copy_goes_its_own_way():
     other = copy.deepcopy(layer)
     layer.update(*states(1, 1, 1))
     other.update(*states(1, 1, 2))
-    assert torch.equal(layer.keys[:, :, 5:], states(1, 1, 1)[0]) and torch.equal(
-        other.keys[:, :, 5:], states(1, 1, 2)[0]
-    )
+    for one, seed in ((layer, 1), (other, 2)):
+        assert torch.equal(one.keys[:, :, 5:], states(1, 1, seed)[0])
 
 
 def test_made_in_inference_mode():

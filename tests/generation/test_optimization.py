@@ -199,14 +199,14 @@ def test_refused_models(model, options, message):
 def test_no_kernel_for_a_type():
     model = make_model(dtype=torch.float64)
     theirs = logits(model)
-    with pytest.warns(UserWarning, match="no faster kernel here were left as they are: 15 of float64"):
+    with pytest.warns(UserWarning, match="no faster kernel here were left as they are: 15 of float64 on cpu"):
         hf_llama3.optimize(model)
     assert torch.equal(logits(model), theirs)
 
 
 def test_no_kernel_at_all(monkeypatch):
     monkeypatch.setattr(optimization, "can_pack", lambda dtype: False)
-    with pytest.warns(UserWarning, match="15 of float32"):
+    with pytest.warns(UserWarning, match="15 of float32 on cpu"):
         hf_llama3.optimize(make_model())
 
 

@@ -115,29 +115,29 @@ def test_shapes_that_int4_does_not_take():
     assert torch.isfinite(logits(model)).all()
 
 
-LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PACK = """
 import torch
 from hf_llama3.generation.kernels import DenseKernel, Int8Kernel
 
-def in_large_pages():
+def in_huge_pages():
     lines = open("/proc/self/smaps_rollup").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages"))
 
 weight, kernels = torch.ones(8192, 5120, dtype=torch.bfloat16), []  # more than malloc takes from memory it has
 for kernel in (DenseKernel, Int8Kernel):
-    before = in_large_pages()
+    before = in_huge_pages()
     kernels.append(kernel(weight))
-    print((in_large_pages() - before) / kernels[-1].packed.numel() / (2 if kernel is DenseKernel else 1))
+    print((in_huge_pages() - before) / kernels[-1].packed.numel() / (2 if kernel is DenseKernel else 1))
 """
 
 
 @pytest.mark.skipif(
-    not LARGE_PAGES.exists() or "[madvise]" not in LARGE_PAGES.read_text(), reason="large pages are not on request here"
+    not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(), reason="huge pages are not on request here"
 )
 @pytest.mark.parametrize("asked", ["0", "1"])
-def test_large_pages(asked):
-    """torch puts packed weights into large pages where its variable asks for them."""
+def test_huge_pages(asked):
+    """torch puts packed weights into huge pages where its variable asks for them."""
     environment = os.environ | {"THP_MEM_ALLOC_ENABLE": asked}
     result = subprocess.run([sys.executable, "-c", PACK], env=environment, capture_output=True, text=True, check=False)
     shares = [float(line) for line in result.stdout.splitlines()]
