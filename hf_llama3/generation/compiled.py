@@ -8,50 +8,77 @@ from tqdm import tqdm
 from transformers import CompileConfig, PreTrainedModel
 
 SMALLEST_CACHE = 256  # tokens; a longer one has twice or four times as many, and so on
-CPU_ROWS, CPU_TOKENS = 4, 512  # up to which a compiled step is the faster one on a CPU, see `is_worth_it`
-ELSEWISE = ("assistant_model", "prompt_lookup_num_tokens", "past_key_values", "cache_implementation", "use_cache")
+CPU_ROWS, CPU_TOKENS = 1, 512  # up to which a compiled step is the faster one on a CPU, see `is_worth_it`
+ELSEWISE = (  # what a compiled step over a static cache does not serve, or not well
+    *("assistant_model", "prompt_lookup_num_tokens", "past_key_values", "cache_implementation"),
+    *("output_hidden_states", "output_attentions"),
+)
 
 
 def compile_decoding(model: PreTrainedModel, progress: bool = False):
-    """Let `model.generate` decode by a compiled step, and compile it for one row and for several.
+    """Let `model.generate` decode by a compiled step, and compile it for one row and, where they are served, several.
 
     Lengths and numbers of rows are symbols to the compiled code, but for one row, which is compiled apart; so nothing
     is compiled again when prompts or batches change; on a GPU a CUDA graph of the code is recorded for each number of
     rows and size of cache. What cannot be decoded over a static cache (drafts by an assistant or from the prompt) is
-    decoded as ever, and so are what brings a cache of its own and, on a CPU, many or long rows.
+    decoded as ever, and so are beams, what brings a cache of its own and, on a CPU, several or long rows.
     """
     mode = "reduce-overhead" if model.device.type == "cuda" else "default"  # the former records CUDA graphs
-    config = CompileConfig(fullgraph=True, dynamic=True, mode=mode)
+    config = CompileConfig(fullgraph=False, dynamic=True, mode=mode)
     config._compile_all_devices = True
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since torch 2.13
         config.isolate_recompiles = True  # each model has a limit of its own
     model.generate = functools.partial(generate, model, config)
+    model.get_compiled_call = functools.partial(get_step, model)
     model._prepare_static_cache = functools.partial(prepare_static_cache, model)
-    for rows in tqdm((1, 2), desc="compiling", disable=not progress):
+    kinds = [rows for rows in (1, 2) if model.device.type != "cpu" or rows <= CPU_ROWS]
+    for rows in tqdm(kinds, desc="compiling", disable=not progress):
         prompt = torch.zeros(rows, 4, dtype=torch.long, device=model.device)
         model.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=3, max_new_tokens=3)
 
 
+@torch.inference_mode(False)
 def generate(model: PreTrainedModel, config: CompileConfig, *args, **kwargs):
-    """Stand for `model.generate`, with a static cache and a compiled step unless the caller asks for something else."""
+    """Stand for `model.generate`, with a static cache and a compiled step unless the caller asks for something else.
+
+    Tensors of inference mode are of another kind to the compiler, for which it would compile everything again; the
+    library's method runs without gradients by itself.
+    """
     wanted = vars(kwargs.get("generation_config") or model.generation_config) | kwargs
-    if all(wanted.get(name) in (None, True) for name in ELSEWISE) and is_worth_it(model, wanted, *args):
+    if is_served(wanted) and is_worth_it(model, wanted, *args):
         kwargs |= {"cache_implementation": "static", "compile_config": config}
     return type(model).generate(model, *args, **kwargs)
 
 
+def get_step(model: PreTrainedModel, config: CompileConfig):
+    """Stand for the library's method, by which it compiles a prompt's chunks as well: each length anew, for one use."""
+    compiled = type(model).get_compiled_call(model, config)
+
+    def step(input_ids: torch.Tensor, **inputs):
+        call = compiled if input_ids.shape[1] == 1 else model.__call__
+        return call(input_ids=input_ids, **inputs)
+
+    return step
+
+
+def is_served(wanted: dict) -> bool:
+    """Tell whether the compiled step can serve what `model.generate` is asked for."""
+    is_asked = any(wanted.get(name) not in (None, False) for name in ELSEWISE)
+    return not is_asked and wanted.get("use_cache") is not False and (wanted.get("num_beams") or 1) == 1
+
+
 def is_worth_it(model: PreTrainedModel, wanted: dict, prompt: torch.Tensor | None = None, *unused) -> bool:
-    """Tell whether a compiled step is the faster one: on a CPU, for few short rows.
+    """Tell whether a compiled step is the faster one: on a CPU, for one short row.
 
     Over a static cache every step attends to all of it, by keys and values repeated for each query head. Measured on
     one thread by benchmarks/generation.py, four layers of the 1B geometry: 0.96 of the step that is not compiled after
-    64 tokens, 1.2 after 2,048, 2.5 after 8,192, and 1.4 for 16 rows.
+    64 tokens, 1.2 after 2,048, 2.5 after 8,192; 1.0 to 1.3 for two and four rows, 1.4 for 16.
     """
     if model.device.type != "cpu":
         return True
     given = (wanted.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))
     prompt = prompt if prompt is not None else next((one for one in given if one is not None), torch.empty(1, 1))
-    rows = len(prompt) * (wanted.get("num_beams") or 1) * (wanted.get("num_return_sequences") or 1)
+    rows = len(prompt) * (wanted.get("num_return_sequences") or 1)
     new = wanted.get("max_new_tokens") or (wanted.get("max_length") or 0) - prompt.shape[1]
     return rows <= CPU_ROWS and prompt.shape[1] + max(new, 0) <= CPU_TOKENS
 
