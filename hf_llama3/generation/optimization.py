@@ -18,7 +18,10 @@ from .kernels import DenseKernel, Int4Kernel, Int8Kernel, can_pack
 from .packed import PackedLinear, pack, unpack
 
 REFUSED = ("train", "_apply", "load_state_dict")  # methods that would change the weights or lead to it
-REPLACED = ("generate", "_prepare_static_cache", "_prepare_cache_for_generation")  # the model gets its own
+REPLACED = (  # the model gets its own, or what the library keeps on it
+    *("generate", "get_compiled_call", "_prepare_static_cache", "_prepare_cache_for_generation"),
+    *("_compiled_call", "_last_compile_config"),
+)
 NO_PLAIN_WEIGHTS = ("state_dict", "save_pretrained", "push_to_hub")  # refused where the weights are quantised
 
 
@@ -47,8 +50,8 @@ def optimize(
         progress: show on standard error how far that is.
 
     Raises:
-        UserError: the model has adapters, lies on several devices, is quantised already, or shall be
-            quantised on a GPU.
+        UserError: the model has adapters, lies on several devices, is quantised already (on a GPU by other than
+            torchao), or shall be quantised on a GPU.
     """
     check(model, quantize)
     done = model.__dict__.get("optimization")
@@ -108,8 +111,10 @@ def check(model: PreTrainedModel, quantize: str | None):
         raise UserError(
             f"a model quantised to {done.quantize} cannot become {quantize or 'plain'}; load {origin(model)} again"
         )
-    if getattr(model, "is_quantized", False):
-        raise UserError("the weights must be plain, got a model that is quantised already; load it without that")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and (model.device.type == "cpu" or not quantizer.is_compileable):
+        how = type(quantizer.quantization_config).__name__
+        raise UserError(f"on {model.device} weights must be plain, got a model loaded with a {how}; load it without")
     devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
     devices = devices if len(devices) > 1 or "disk" in devices else []
     if devices or any(parameter.device.type == "meta" for parameter in model.parameters()):

@@ -14,6 +14,7 @@ from hf_llama3.errors import UserError
 from .text import check_range
 
 READ_BYTES = 2**29  # read to measure the memory's speed
+COPIES = 20  # on a GPU, between two looks at the clock
 ROUNDS = 3
 
 
@@ -107,16 +108,41 @@ def weight_bytes(model) -> int:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             kernel = getattr(module, "kernel", None)
-            total += kernel.num_bytes if kernel is not None else module.weight.nbytes
+            total += kernel.num_bytes if kernel is not None else bytes_in_memory(module.weight)
     return total
 
 
-def measure_read_speed(device) -> float:
-    """Return bytes per second, the best of some readings of more than a processor's caches hold."""
+def bytes_in_memory(weight: torch.Tensor) -> int:
+    """Return a tensor's size, of one that is made of others (torchao's quantised ones) theirs."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return weight.nbytes
+    return sum(bytes_in_memory(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
+
+
+def measure_read_speed(device: torch.device | str) -> float:
+    """Return bytes per second, the best of some readings of more than a processor's caches hold.
+
+    A GPU copies, and what is read and what is written counts: its sums are not as fast as its memory.
+    """
     numbers = torch.ones(READ_BYTES // 8, dtype=torch.int64, device=device)
+    if numbers.is_cuda:
+        return measure_copy_speed(numbers)
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
         numbers.sum().item()
         best = min(best, time.perf_counter() - started)
     return READ_BYTES / best
+
+
+def measure_copy_speed(numbers: torch.Tensor) -> float:
+    """Return bytes per second, read and written, of many copies within a GPU: a single one is over too soon to time."""
+    copy, seconds = torch.empty_like(numbers), []
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(COPIES):
+            copy.copy_(numbers)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * COPIES * numbers.nbytes / min(seconds)

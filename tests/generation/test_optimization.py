@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,9 +211,28 @@ def test_no_kernel_at_all(monkeypatch):
         hf_llama3.optimize(make_model())
 
 
-def test_on_a_gpu(monkeypatch):
+def loaded_with(config: str, is_compileable: bool):
+    """Return what the library keeps on a model that it quantised on loading."""
+    return SimpleNamespace(quantization_config=type(config, (), {})(), is_compileable=is_compileable)
+
+
+def test_other_quantisers_on_a_gpu(monkeypatch):
+    model = make_model()
+    model.hf_quantizer = loaded_with("BitsAndBytesConfig", is_compileable=False)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
+    message = "on cuda:0 weights must be plain, got a model loaded with a BitsAndBytesConfig; load it without"
+    with pytest.raises(UserError, match=message):
+        hf_llama3.optimize(model, compile=True)
+
+
+@pytest.mark.parametrize(
+    "quantizer", [None, loaded_with("TorchAoConfig", is_compileable=True)], ids=["plain", "torchao"]
+)
+def test_on_a_gpu(quantizer, monkeypatch):
     """What a GPU is told, where there is none: all but the compiling."""
     plain = make_model()
+    if quantizer:
+        plain.hf_quantizer = quantizer
     monkeypatch.setattr(type(plain), "device", torch.device("cuda", 0))
     with pytest.raises(UserError, match="is for a CPU, got 'int8' for a model on cuda:0; load it with a TorchAoConfig"):
         hf_llama3.optimize(plain, quantize="int8")

@@ -3,7 +3,13 @@
 import pytest
 import torch
 from parity import make_pair, same, tokens
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+import hf_llama3
+from hf_llama3.errors import UserError
+from hf_llama3.generation import compiled
+from hf_llama3.generation.speed import weight_bytes
 
 pytestmark = pytest.mark.integrations
 
@@ -51,10 +57,29 @@ def test_quantised_on_loading(name, models, tmp_path):
     distance = (logits - expected).norm() / expected.norm()
     assert 0 < distance < tolerance, distance
     assert ours.get_memory_footprint() == theirs.get_memory_footprint()
+    assert weight_bytes(ours) < weight_bytes(plain) / 3
+    with pytest.raises(UserError, match=r"on cpu weights must be plain, got a model loaded with a \w+Config; load it"):
+        hf_llama3.optimize(ours, compile=True)
     same(ours.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
     how = {"max_new_tokens": 8, "do_sample": False}
     same(ours.generate(tokens(), **how), theirs.generate(tokens(), **how))
     same(again(tokens()).logits, logits)
+
+
+@pytest.mark.parametrize("name", ["torchao int8 weights"])
+def test_compiled_step(name, models, monkeypatch):
+    """What `optimize(compile=True)` does on a GPU, where it takes such a model, done here without one."""
+    monkeypatch.setattr(compiled, "CPU_ROWS", 2)
+    how = {"quantization_config": CONFIGURATIONS[name][0](), "device_map": "cpu", "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(models[1][0], **how).requires_grad_(False)
+    asked = {"inputs": tokens(), "attention_mask": torch.ones_like(tokens()), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**asked)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled.compile_decoding(model)
+    assert counters["stats"]["unique_graphs"] == 2
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        same(model.generate(**asked), expected)
 
 
 @pytest.mark.parametrize("bits", ["bitsandbytes int8", "bitsandbytes nf4"])
