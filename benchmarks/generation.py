@@ -5,12 +5,13 @@
     OMP_NUM_THREADS=1 python benchmarks/generation.py --layers 16 --contexts 64 2048 8192 --batches 1 4 16
     OMP_NUM_THREADS=1 python benchmarks/generation.py kernels
     OMP_NUM_THREADS=1 python benchmarks/generation.py products --batches 1 16
+    python benchmarks/generation.py --device cuda --geometry 8B --layers 32 --batches 1 4 16 64   # with torchao
 
-Random bfloat16 weights of the 1B geometry are written once, as a Hugging Face folder and as GGUF files. Then all
-contenders start (one after another, and the time to the first token from a cold process is taken), and are asked in
-turn, round after round. A step's share is what reading its weights once comes to of the speed at which this machine
-reads memory. Medians; ratios come last. `kernels` times matrix products alone, at the batches; `products` those of
-a whole step beside the step.
+Random bfloat16 weights are written once, as a Hugging Face folder and as GGUF files. Then all contenders start (one
+after another, and the time to the first token from a cold process is taken), and are asked in turn, round after round.
+A step's share is what reading its weights once comes to of the speed at which this machine reads memory (a GPU: copies
+it). Medians; ratios come last. `kernels` times matrix products alone, at the batches; `products` those of a whole step
+beside the step.
 """
 
 import argparse
@@ -27,10 +28,13 @@ import numpy as np
 import torch
 
 GEOMETRY = {
-    **{"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32},
-    **{"num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 16384, "rms_norm_eps": 1e-5},
-    **{"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "tie_word_embeddings": True},
+    **{"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 16384},
+    **{"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "rms_norm_eps": 1e-5},
     **{"bos_token_id": 128000, "eos_token_id": None, "pad_token_id": 0},
+}
+SIZES = {
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64, "tie_word_embeddings": True},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128, "tie_word_embeddings": False},
 }
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # read by torch, for tensors of 2 MB and more
 CONTENDERS = {
@@ -49,11 +53,23 @@ CONTENDERS = {
     "llama.cpp q8_0": {"gguf": "Q8_0"},
     "llama.cpp q4_0": {"gguf": "Q4_0"},
 }
+CONTENDERS_ON_A_GPU = {
+    "upstream": {},
+    "upstream, static and compiled": {"stock": True},
+    "ours, compile": {"optimize": {"compile": True}},
+    "ours, int8, compile": {"optimize": {"compile": True}, "torchao": {"name": "Int8WeightOnlyConfig"}},
+    "ours, int4, compile": {
+        "optimize": {"compile": True},
+        "torchao": {"name": "Int4WeightOnlyConfig", "int4_packing_format": "tile_packed_to_4d"},  # torch's own kernel
+    },
+}
 RATIOS = [
     ("ours, optimize", "upstream"),
     ("ours, optimize", "llama.cpp bf16"),
     ("ours, huge pages", "ours, optimize"),
     ("ours, huge pages", "llama.cpp bf16"),
+    ("ours, compile", "upstream"),
+    ("ours, compile", "upstream, static and compiled"),
     ("ours, compile", "llama.cpp bf16"),
     ("ours, int8", "llama.cpp q8_0"),
     ("ours, int8, huge pages", "llama.cpp q8_0"),
@@ -66,18 +82,20 @@ RATIOS = [
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=["generate", "kernels", "products", "serve"], default="generate")
-    parser.add_argument("--layers", type=int, default=4, help="of the 1B geometry's 16")
+    parser.add_argument("--device", default="cpu", help="cpu, or what torch calls a GPU, with contenders of its own")
+    parser.add_argument("--geometry", choices=list(SIZES), default="1B")
+    parser.add_argument("--layers", type=int, default=4, help="of 16 (1B) or 32 (8B)")
     parser.add_argument("--contexts", type=int, nargs="+", default=[64], help="prompt tokens before the steps")
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of the prefill that is timed")
     parser.add_argument("--steps", type=int, default=16, help="tokens a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), help="names of contenders")
+    parser.add_argument("--only", nargs="+", help="names of contenders")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where there is room")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part == "serve":
-        serve(args.serve, args.folder)
+        serve(args.serve, args.folder, args.device)
     elif args.part == "kernels":
         time_kernels(args)
     elif args.part == "products":
@@ -90,15 +108,18 @@ def main():
 def compare(args, folder: Path):
     from hf_llama3.generation.speed import measure_read_speed
 
-    write_models(folder, args.layers)
-    names = [name for name in args.only if (folder / source(name)).exists()]
-    workers = {name: Worker(name, folder) for name in names}
-    questions = [(1, args.prefill, 2)] + [(batch, size, args.steps) for batch in args.batches for size in args.contexts]
+    write_models(folder, make_config(args), with_gguf=args.device == "cpu")
+    settings = contenders_on(args.device)
+    names = [name for name in args.only or settings if (folder / source(settings[name])).exists()]
+    workers = {name: Worker(name, settings[name], folder, args.device) for name in names}
+    questions = [(batch, size, args.steps) for batch in args.batches for size in args.contexts]
+    # Short ones first: upstream's static cache stays as long as the longest needed.
+    questions = sorted([*questions, (1, args.prefill, 2)], key=lambda question: question[1])
     answers = {question: {name: [] for name in names} for question in questions}
     reads = []
     for number in range(args.rounds):
         for question in questions:
-            reads.append(measure_read_speed("cpu"))
+            reads.append(measure_read_speed(args.device))
             for name, worker in workers.items():
                 if question[0] > 1 and name.startswith("llama.cpp"):
                     continue  # its Python binding evaluates one sequence
@@ -110,8 +131,8 @@ def compare(args, folder: Path):
 
 
 def report(args, workers, answers, read: float):
-    threads = torch.get_num_threads()
-    print(f"\n1B geometry, {args.layers} layers, {threads} thread(s); memory is read at {read / 1e9:.1f} GB/s\n")
+    where = f"{torch.get_num_threads()} thread(s)" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    print(f"\n{args.geometry} geometry, {args.layers} layers, {where}; memory is read at {read / 1e9:.1f} GB/s\n")
     print("| | Weights, GB | First token from cold, s | Preparing, s | Peak, GB |\n|---|---:|---:|---:|---:|")
     for name, worker in workers.items():
         facts = worker.facts
@@ -136,18 +157,29 @@ def report(args, workers, answers, read: float):
                       f"prefill {mine[1] / its[1]:.2f}")  # fmt: skip
 
 
-def source(name: str) -> str:
+def make_config(args):
+    from hf_llama3 import Llama3Config
+
+    sizes = GEOMETRY | SIZES[args.geometry]
+    return Llama3Config(**sizes, num_hidden_layers=args.layers, dtype="bfloat16")
+
+
+def contenders_on(device: str) -> dict:
+    return CONTENDERS if device == "cpu" else CONTENDERS_ON_A_GPU
+
+
+def source(settings: dict) -> str:
     """Return the file or folder that a contender reads."""
-    return f"{CONTENDERS[name]['gguf']}.gguf" if "gguf" in CONTENDERS[name] else "hf"
+    return f"{settings['gguf']}.gguf" if "gguf" in settings else "hf"
 
 
 class Worker:
     """A contender in a process of its own; `ask` a (batch, prompt tokens, new tokens)."""
 
-    def __init__(self, name: str, folder: Path):
+    def __init__(self, name: str, settings: dict, folder: Path, device: str):
         print(f"starting {name}", file=sys.stderr)
-        command = [sys.executable, __file__, "serve", "--serve", name, "--folder", str(folder)]
-        environment, started = os.environ | CONTENDERS[name].get("environment", {}), time.perf_counter()
+        command = [sys.executable, __file__, "serve", "--serve", name, "--folder", str(folder), "--device", device]
+        environment, started = os.environ | settings.get("environment", {}), time.perf_counter()
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=environment, **pipes)
         self.facts = self.read()
@@ -169,39 +201,53 @@ class Worker:
         self.process.wait()
 
 
-def serve(name: str, folder: Path):
+def serve(name: str, folder: Path, device: str):
     """Load a contender, generate a token, say so, and then answer questions."""
-    settings = CONTENDERS[name]
-    contender = LlamaCpp(folder / source(name)) if "gguf" in settings else Transformers(name, folder / "hf", settings)
+    settings = contenders_on(device)[name]
+    path = folder / source(settings)
+    contender = LlamaCpp(path) if "gguf" in settings else Transformers(name, path, settings, device)
     contender.generate(1, 64, 1)
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    print(json.dumps({"bytes": contender.bytes, "preparing": contender.preparing, "peak": peak}), flush=True)
+    facts = {"bytes": contender.bytes, "preparing": contender.preparing, "peak": measure_peak(device)}
+    print(json.dumps(facts), flush=True)
     contender.generate(1, 64, 4)
     for line in sys.stdin:
         prefill, steps = contender.generate(*json.loads(line))
         print(json.dumps({"prefill": prefill, "steps": steps}), flush=True)
 
 
+def measure_peak(device: str) -> int:
+    """Return the bytes of memory that this process had at most, or on a GPU its tensors."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
 class Transformers:
-    def __init__(self, name: str, folder: Path, settings: dict):
+    def __init__(self, name: str, folder: Path, settings: dict, device: str):
         if name.startswith("upstream"):
             from transformers import LlamaForCausalLM as model_class
         else:
             from hf_llama3 import Llama3ForCausalLM as model_class
-        self.model, started = model_class.from_pretrained(folder, dtype="auto").eval(), time.perf_counter()
+        how = {"dtype": "auto"}
+        if device != "cpu":
+            how["device_map"] = device
+        if "torchao" in settings:
+            how["quantization_config"] = make_quantization(**settings["torchao"])
+        self.model, started = model_class.from_pretrained(folder, **how).eval(), time.perf_counter()
         if "optimize" in settings:
             from hf_llama3 import optimize
 
             optimize(self.model, **settings["optimize"])
         self.preparing = time.perf_counter() - started
         self.options = {}
-        if settings.get("stock"):
-            from transformers import CompileConfig
+        if settings.get("stock"):  # on a GPU the library compiles by itself
+            self.options = {"cache_implementation": "static"}
+            if device == "cpu":
+                from transformers import CompileConfig
 
-            config = CompileConfig(mode="default", dynamic=True)
-            config._compile_all_devices = True
-            self.options = {"cache_implementation": "static", "compile_config": config}
+                self.options["compile_config"] = CompileConfig(mode="default", dynamic=True)
+                self.options["compile_config"]._compile_all_devices = True
 
     @property
     def bytes(self) -> int:
@@ -213,6 +259,14 @@ class Transformers:
         from hf_llama3.generation.speed import time_generation
 
         return time_generation(self.model, prompt, new, batch, **self.options)
+
+
+def make_quantization(name: str, **how):
+    """Return what has the library quantise a model on loading by the torchao configuration of this name."""
+    import torchao.quantization
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(getattr(torchao.quantization, name)(**how))
 
 
 class LlamaCpp:
@@ -238,14 +292,14 @@ class LlamaCpp:
         return times[0] - started, np.diff(times).tolist()
 
 
-def write_models(folder: Path, layers: int):
+def write_models(folder: Path, config, with_gguf: bool):
     """Write random weights as a Hugging Face folder and, where the package gguf is, in llama.cpp's format."""
-    from hf_llama3 import Llama3Config, Llama3ForCausalLM
+    from hf_llama3 import Llama3ForCausalLM
 
     print("writing random weights ...", file=sys.stderr)
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = Llama3ForCausalLM(Llama3Config(**GEOMETRY, num_hidden_layers=layers, dtype="bfloat16"))
+        model = Llama3ForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     model.tie_weights()
     with torch.no_grad():
@@ -257,44 +311,47 @@ def write_models(folder: Path, layers: int):
     # upstream's type, which both classes read
     model.config.model_type, model.config.architectures = "llama", ["LlamaForCausalLM"]
     model.save_pretrained(folder / "hf")
-    config = json.loads((folder / "hf" / "config.json").read_text()) | {"model_type": "llama"}
-    (folder / "hf" / "config.json").write_text(json.dumps(config))
+    written = json.loads((folder / "hf" / "config.json").read_text()) | {"model_type": "llama"}
+    (folder / "hf" / "config.json").write_text(json.dumps(written))
+    if not with_gguf:
+        return
     try:
         import gguf
     except ImportError:
         print("llama.cpp is left out: pip install llama-cpp-python gguf", file=sys.stderr)
         return
     for kind in ("BF16", "Q8_0", "Q4_0"):
-        write_gguf(gguf, model, layers, folder / f"{kind}.gguf", kind)
+        write_gguf(gguf, model, folder / f"{kind}.gguf", kind)
 
 
-def write_gguf(gguf, model, layers: int, path: Path, kind: str):
+def write_gguf(gguf, model, path: Path, kind: str):
     """Write a model without a vocabulary; the head of a q4_0 model has q8_0, as that of our int4 has int8."""
     from hf_llama3.conversion.weights import half_to_interleaved
 
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(GEOMETRY["max_position_embeddings"])
-    writer.add_embedding_length(GEOMETRY["hidden_size"])
-    writer.add_feed_forward_length(GEOMETRY["intermediate_size"])
-    writer.add_head_count(GEOMETRY["num_attention_heads"])
-    writer.add_head_count_kv(GEOMETRY["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(GEOMETRY["rms_norm_eps"])
-    writer.add_rope_dimension_count(GEOMETRY["head_dim"])
-    writer.add_rope_freq_base(GEOMETRY["rope_parameters"]["rope_theta"])
-    writer.add_vocab_size(GEOMETRY["vocab_size"])
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            weight = half_to_interleaved(weight, GEOMETRY["head_dim"]).reshape(weight.shape)
+            weight = half_to_interleaved(weight, config.head_dim).reshape(weight.shape)
         weight = weight.float().numpy()
         target = names.get_name(name.removesuffix(".weight")) + ".weight"
         if weight.ndim == 1:
             writer.add_tensor(target, weight)
             continue
-        to = gguf.GGMLQuantizationType["Q8_0" if kind == "Q4_0" and "embd" in target else kind]
+        to = gguf.GGMLQuantizationType["Q8_0" if kind == "Q4_0" and name in ends else kind]
         writer.add_tensor(target, gguf.quantize(weight, to), raw_dtype=to)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -336,8 +393,8 @@ def time_products(args):
     print("| rows | weights | ms a step | products alone | share |\n|---:|---|---:|---:|---:|")
     for quantize in (None, "int8", "int4"):
         torch.manual_seed(0)
-        config = hf_llama3.Llama3Config(**GEOMETRY, num_hidden_layers=args.layers)
-        model = hf_llama3.optimize(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), quantize=quantize)
+        model = AutoModelForCausalLM.from_config(make_config(args), dtype=torch.bfloat16)
+        model = hf_llama3.optimize(model, quantize=quantize)
         layers = [module for module in model.modules() if hasattr(module, "in_features")]
         for rows in args.batches:
             inputs = [torch.randn(rows, 1, layer.in_features).bfloat16() for layer in layers]
