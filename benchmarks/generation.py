@@ -273,13 +273,17 @@ class LlamaCpp:
     """Greedy steps through its Python binding, the likeliest token taken by numpy."""
 
     def __init__(self, path: Path):
+        import gguf
         import llama_cpp
 
         threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
         self.llama = llama_cpp.Llama(
             str(path), n_ctx=16384, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
         )
-        self.bytes, self.preparing = path.stat().st_size, 0.0
+        sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+        if "output.weight" in sizes:
+            del sizes["token_embd.weight"]  # of which a step reads a row
+        self.bytes, self.preparing = sum(sizes.values()), 0.0
 
     def generate(self, batch: int, prompt: int, new: int):
         self.llama.reset()
