@@ -37,17 +37,18 @@ def compile_decoding(model: PreTrainedModel, progress: bool = False):
         model.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=3, max_new_tokens=3)
 
 
-@torch.inference_mode(False)
 def generate(model: PreTrainedModel, config: CompileConfig, *args, **kwargs):
     """Stand for `model.generate`, with a static cache and a compiled step unless the caller asks for something else.
 
-    Tensors of inference mode are of another kind to the compiler, for which it would compile everything again; the
-    library's method runs without gradients by itself.
+    Tensors of inference mode are of another kind to the compiler, for which it would compile everything again, so that
+    mode is left; the library's method runs without gradients by itself.
     """
     wanted = vars(kwargs.get("generation_config") or model.generation_config) | kwargs
-    if is_served(wanted) and is_worth_it(model, wanted, *args):
+    if not is_served(wanted) or not is_worth_it(model, wanted, *args):
+        return type(model).generate(model, *args, **kwargs)
+    with torch.inference_mode(False):
         kwargs |= {"cache_implementation": "static", "compile_config": config}
-    return type(model).generate(model, *args, **kwargs)
+        return type(model).generate(model, *args, **kwargs)
 
 
 def get_step(model: PreTrainedModel, config: CompileConfig):

@@ -9,7 +9,7 @@ import torch
 from small import CLASSES, make_model, prompts
 from torch._dynamo.utils import counters
 from torchrun import ENVIRONMENT
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import hf_llama3
 from hf_llama3.generation import compiled as compiled_module
@@ -58,6 +58,16 @@ def test_other_callers_compile_nothing_again(mode, how, compiled):
             ours = compiled.generate(prompts(rows, 21), max_new_tokens=12, do_sample=False, **how)
         assert torch.equal(ours, plain.generate(prompts(rows, 21), max_new_tokens=12, do_sample=False))
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@torch.inference_mode()
+def test_cache_of_inference_mode(compiled):
+    """A caller's own, filled in that mode, in which alone it may be written to."""
+    ids, plain = prompts(1, 9), make_model()
+    cache = StaticCache(config=compiled.config, max_cache_len=32)
+    compiled(ids[:, :5], past_key_values=cache, use_cache=True)
+    ours = compiled.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert torch.equal(ours, plain.generate(ids, max_new_tokens=6, do_sample=False))
 
 
 def test_the_step_is_compiled(compiled):
