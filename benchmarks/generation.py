@@ -182,8 +182,9 @@ class Worker:
         environment, started = os.environ | settings.get("environment", {}), time.perf_counter()
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=environment, **pipes)
-        self.facts = self.read()
+        self.read()
         self.first_token = time.perf_counter() - started
+        self.facts = self.read()
 
     def read(self) -> dict:
         for line in self.process.stdout:
@@ -202,12 +203,13 @@ class Worker:
 
 
 def serve(name: str, folder: Path, device: str):
-    """Load a contender, generate a token, say so, and then answer questions."""
+    """Load a contender, generate a token, say so, tell of it, and then answer questions."""
     settings = contenders_on(device)[name]
     path = folder / source(settings)
     contender = LlamaCpp(path) if "gguf" in settings else Transformers(name, path, settings, device)
     contender.generate(1, 64, 1)
-    facts = {"bytes": contender.bytes, "preparing": contender.preparing, "peak": measure_peak(device)}
+    print("{}", flush=True)
+    facts = {"peak": measure_peak(device), "bytes": contender.bytes, "preparing": contender.preparing}
     print(json.dumps(facts), flush=True)
     contender.generate(1, 64, 4)
     for line in sys.stdin:
@@ -273,17 +275,22 @@ class LlamaCpp:
     """Greedy steps through its Python binding, the likeliest token taken by numpy."""
 
     def __init__(self, path: Path):
-        import gguf
         import llama_cpp
 
         threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
         self.llama = llama_cpp.Llama(
             str(path), n_ctx=16384, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
         )
-        sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+        self.path, self.preparing = path, 0.0
+
+    @property
+    def bytes(self) -> int:
+        import gguf
+
+        sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(self.path).tensors}
         if "output.weight" in sizes:
             del sizes["token_embd.weight"]  # of which a step reads a row
-        self.bytes, self.preparing = sum(sizes.values()), 0.0
+        return sum(sizes.values())
 
     def generate(self, batch: int, prompt: int, new: int):
         self.llama.reset()

@@ -24,17 +24,18 @@ def compile_decoding(model: PreTrainedModel, progress: bool = False):
     decoded as ever, and so are beams, what brings a cache of its own and, on a CPU, several or long rows.
     """
     mode = "reduce-overhead" if model.device.type == "cuda" else "default"  # the former records CUDA graphs
-    config = CompileConfig(fullgraph=False, dynamic=True, mode=mode)
+    config = CompileConfig(dynamic=True, mode=mode)
     config._compile_all_devices = True
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since torch 2.13
         config.isolate_recompiles = True  # each model has a limit of its own
     model.generate = functools.partial(generate, model, config)
     model.get_compiled_call = functools.partial(get_step, model)
     model._prepare_static_cache = functools.partial(prepare_static_cache, model)
-    kinds = [rows for rows in (1, 2) if model.device.type != "cpu" or rows <= CPU_ROWS]
-    for rows in tqdm(kinds, desc="compiling", disable=not progress):
-        prompt = torch.zeros(rows, 4, dtype=torch.long, device=model.device)
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=3, max_new_tokens=3)
+    how = {"min_new_tokens": 3, "max_new_tokens": 3}
+    prompts = [torch.zeros(rows, 4, dtype=torch.long, device=model.device) for rows in (1, 2)]
+    served = [prompt for prompt in prompts if is_worth_it(model, how, prompt)]
+    for prompt in tqdm(served, desc="compiling", disable=not progress):
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), **how)
 
 
 def generate(model: PreTrainedModel, config: CompileConfig, *args, **kwargs):
