@@ -9,7 +9,7 @@ from hf_llama3.errors import UserError
 
 from .storage import Dtype
 
-AT_A_TIME = 2**20  # elements: their errors are computed in float64
+AT_A_TIME = 2**17  # elements: their errors, in float64, fit a processor's cache
 
 
 class Cast:
