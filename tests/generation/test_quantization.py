@@ -117,7 +117,10 @@ def test_shapes_that_int4_does_not_take():
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PACK = """
+import mmap
 import torch
+import transformers
+import hf_llama3
 from hf_llama3.generation.kernels import DenseKernel, Int8Kernel
 
 def in_huge_pages():
@@ -127,19 +130,22 @@ def in_huge_pages():
 weight, kernels = torch.ones(8192, 5120, dtype=torch.bfloat16), []  # more than malloc takes from memory it has
 for kernel in (DenseKernel, Int8Kernel):
     before = in_huge_pages()
-    kernels.append(kernel(weight))
-    print((in_huge_pages() - before) / kernels[-1].packed.numel() / (2 if kernel is DenseKernel else 1))
+    kernels.append(kernel(weight).packed)
+    share = (in_huge_pages() - before) / torch.ops.mkldnn._nbytes(kernels[-1])
+    print(share, torch.ops.mkldnn.data_ptr(kernels[-1]) % mmap.PAGESIZE)
 """
 
 
 @pytest.mark.skipif(
     not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(), reason="huge pages are not on request here"
 )
-@pytest.mark.parametrize("asked", ["0", "1"])
+@pytest.mark.parametrize("asked", [None, "1", "0"])
 def test_huge_pages(asked):
-    """torch puts packed weights into huge pages where its variable asks for them."""
-    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": asked}
+    """Packed weights begin where a page does, in huge pages, unless the environment forbids it."""
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {"THP_MEM_ALLOC_ENABLE": asked} if asked else {}
     result = subprocess.run([sys.executable, "-c", PACK], env=environment, capture_output=True, text=True, check=False)
-    shares = [float(line) for line in result.stdout.splitlines()]
-    assert len(shares) == 2, result.stderr
-    assert all(share > 0.8 if asked == "1" else share == 0 for share in shares)
+    found = [tuple(map(float, line.split())) for line in result.stdout.splitlines()]
+    assert len(found) == 2, result.stderr
+    for share, offset in found:
+        assert (share == 0 and offset) if asked == "0" else (share > 0.8 and not offset)
