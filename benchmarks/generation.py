@@ -369,7 +369,9 @@ def write_gguf(gguf, model, path: Path, kind: str):
 
 def time_kernels(args):
     """Time a layer's matrices alone, as many copies of them as do not fit a processor's caches."""
-    from hf_llama3.generation.kernels import DenseKernel, Int4Kernel, Int8Kernel
+    from hf_llama3.generation.int4 import Int4Kernel
+    from hf_llama3.generation.int8 import Int8Kernel
+    from hf_llama3.generation.kernels import DenseKernel
 
     print(
         "| rows | " + " | ".join(kernel.__name__ for kernel in (DenseKernel, Int8Kernel, Int4Kernel)) + " | F.linear |"

@@ -14,7 +14,9 @@ from hf_llama3.errors import UserError
 from .cache import grow_caches
 from .compiled import compile_decoding
 from .defaults import QUANTIZATIONS
-from .kernels import DenseKernel, Int4Kernel, Int8Kernel, can_pack
+from .int4 import Int4Kernel
+from .int8 import Int8Kernel
+from .kernels import DenseKernel, StorableKernel, can_pack
 from .packed import PackedLinear, pack, unpack
 
 REFUSED = ("train", "_apply", "load_state_dict")  # methods that would change the weights or lead to it
@@ -53,12 +55,13 @@ def optimize(
         UserError: the model has adapters, lies on several devices, is quantised already (on a GPU by other than
             torchao), or shall be quantised on a GPU.
     """
-    check(model, quantize)
     done = model.__dict__.get("optimization")
+    quantize = quantize or (done and done.quantize)
+    check(model, quantize)
     if done and (done.quantize, done.compile) == (quantize, compile):
         return model
     if done:
-        restore(model)
+        release(model)
     model.eval()
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
@@ -85,16 +88,22 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         return model
     if done.quantize:
         raise UserError(f"a model quantised to {done.quantize} cannot be restored; load {origin(model)} again")
+    release(model)
+    return model
+
+
+def release(model: PreTrainedModel):
+    """Undo all of `optimize` but what was quantised."""
+    done = model.optimization
     for module in model.modules():
         for name in (*REFUSED, *NO_PLAIN_WEIGHTS, *REPLACED):
             module.__dict__.pop(name, None)
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear) and not done.quantize:
             unpack(module)
     parameters = dict(model.named_parameters())
     for name in done.trainable:
         parameters[name].requires_grad_(True)
     del model.optimization
-    return model
 
 
 def check(model: PreTrainedModel, quantize: str | None):
@@ -108,9 +117,7 @@ def check(model: PreTrainedModel, quantize: str | None):
         raise UserError(f"`model` must be a transformers model, got {kind}; load one with from_pretrained")
     done = model.__dict__.get("optimization")
     if done and done.quantize and done.quantize != quantize:
-        raise UserError(
-            f"a model quantised to {done.quantize} cannot become {quantize or 'plain'}; load {origin(model)} again"
-        )
+        raise UserError(f"a model quantised to {done.quantize} cannot become {quantize}; load {origin(model)} again")
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and (model.device.type == "cpu" or not quantizer.is_compileable):
         how = type(quantizer.quantization_config).__name__
@@ -132,8 +139,8 @@ def pack_linears(model: PreTrainedModel, quantize: str | None):
     head = model.get_output_embeddings()
     skipped = Counter()
     for module in [module for module in model.modules() if type(module) is nn.Linear]:
-        kernel = choose_kernel(module.weight, "int8" if quantize == "int4" and module is head else quantize)
-        if kernel is None:
+        kernel = choose_kernel(module.weight.shape, quantize, is_head=module is head)
+        if module.weight.device.type != "cpu" or not can_pack(module.weight.dtype):
             skipped[f"{module.weight.dtype} on {module.weight.device.type}".removeprefix("torch.")] += 1
         else:
             pack(module, kernel(module.weight), keeps_weight=holders[id(module.weight)] > 1)
@@ -142,11 +149,9 @@ def pack_linears(model: PreTrainedModel, quantize: str | None):
         warnings.warn(f"linear layers that have no faster kernel here were left as they are: {which}", stacklevel=3)
 
 
-def choose_kernel(weight: torch.Tensor, quantize: str | None):
-    """Return the class of the kernel for a weight, or None where there is none."""
-    if weight.device.type != "cpu" or not can_pack(weight.dtype):
-        return None
-    if quantize == "int4" and Int4Kernel.takes(weight):
+def choose_kernel(shape: tuple[int, int], quantize: str | None, is_head: bool) -> type[StorableKernel]:
+    """Return the kernel for a weight (O, I); of int4 the head, in which every error is a logit's, gets int8."""
+    if quantize == "int4" and not is_head and Int4Kernel.takes(shape):
         return Int4Kernel
     return Int8Kernel if quantize else DenseKernel
 

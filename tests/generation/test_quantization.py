@@ -12,8 +12,10 @@ from torch import nn
 
 import hf_llama3
 from hf_llama3.errors import UserError
-from hf_llama3.generation import kernels
-from hf_llama3.generation.kernels import DenseKernel, Int4Kernel, Int8Kernel, has_known_int4_order
+from hf_llama3.generation import int4
+from hf_llama3.generation.int4 import Int4Kernel
+from hf_llama3.generation.int8 import Int8Kernel
+from hf_llama3.generation.kernels import DenseKernel
 from hf_llama3.generation.packed import PackedLinear
 from hf_llama3.generation.speed import weight_bytes
 
@@ -49,14 +51,42 @@ def test_zeros():
 @pytest.mark.parametrize("shape", [(64, 32), (192, 256), (8256, 64)], ids=str)
 def test_int4_for_few_rows_and_for_many(shape, monkeypatch):
     """Both routes multiply by the same weight; the second adds in another order."""
-    kernel = Int4Kernel(torch.randn(shape))
-    assert has_known_int4_order()
-    spelled_out = torch.cat([kernel.spell_out(i, i + 4096) for i in range(0, shape[0], 4096)], 1)
+    kernel, order = Int4Kernel(torch.randn(shape)), int4.order_here()
+    assert order is not None
+    spelled_out = torch.cat([kernel.spell_out(i, i + 4096, order) for i in range(0, shape[0], 4096)], 1)
     assert torch.equal(kernel(torch.eye(shape[1])[:8]), spelled_out[:8].float())
     x = torch.randn(40, shape[1]).bfloat16()
     many = kernel(x)
-    monkeypatch.setattr(kernels, "has_known_int4_order", lambda: False)
+    monkeypatch.setattr(int4, "order_here", lambda: None)
     torch.testing.assert_close(many, kernel(x), rtol=0, atol=0.01 * float(many.abs().max()))
+
+
+INT4 = """
+import torch
+from hf_llama3.generation.int4 import STORED, Int4Kernel, order_here, pack, unpack
+
+torch.manual_seed(0)
+weight, x = torch.randn(192, 64).bfloat16(), torch.randn(40, 64).bfloat16()
+levels = torch.randint(16, (192, 64)).to(torch.uint8)
+assert torch.equal(unpack(pack(levels), STORED), levels)
+stored = Int4Kernel.encode(weight)
+scales, middles = (part.T.repeat_interleave(32, 1).float() for part in stored["weight_scale_and_middle"].unbind(2))
+plain = (unpack(stored["weight_int4"], STORED).float() - 8) * scales + middles
+kernel = Int4Kernel.from_stored(stored, (192, 64), torch.bfloat16)
+for rows in (x[:1], x):
+    torch.testing.assert_close(kernel(rows).float(), rows.float() @ plain.T, rtol=0.01, atol=0.05)
+print(torch.backends.cpu.get_cpu_capability(), *order_here())
+"""
+
+
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
+def test_int4_on_processors(capability):
+    """What is stored is the same for all; torch's routine has an order of its own on each, of which none is unknown."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    result = subprocess.run([sys.executable, "-c", INT4], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    kind, block, apart = result.stdout.split()
+    assert (int(block), int(apart)) == {"AVX512": (64, 32), "AVX2": (32, 16), "DEFAULT": (32, 1)}[kind]
 
 
 def test_bytes():
@@ -121,7 +151,8 @@ import mmap
 import torch
 import transformers
 import hf_llama3
-from hf_llama3.generation.kernels import DenseKernel, Int8Kernel
+from hf_llama3.generation.int8 import Int8Kernel
+from hf_llama3.generation.kernels import DenseKernel
 
 def in_huge_pages():
     lines = open("/proc/self/smaps_rollup").read().splitlines()
@@ -130,7 +161,7 @@ def in_huge_pages():
 weight, kernels = torch.ones(8192, 5120, dtype=torch.bfloat16), []  # more than malloc takes from memory it has
 for kernel in (DenseKernel, Int8Kernel):
     before = in_huge_pages()
-    kernels.append(kernel(weight).packed)
+    kernels.append(kernel(weight).parts[0] if kernel is DenseKernel else kernel(weight).parts[0][0])
     share = (in_huge_pages() - before) / torch.ops.mkldnn._nbytes(kernels[-1])
     print(share, torch.ops.mkldnn.data_ptr(kernels[-1]) % mmap.PAGESIZE)
 """

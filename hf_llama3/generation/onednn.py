@@ -1,0 +1,178 @@
+"""Weights in oneDNN's order of memory, written by ourselves: into memory or a file, which oneDNN then reads in place.
+
+An image is a weight (O, I) in the order of a processor with AMX: blocks of 64 output features, in which 4 bytes of each
+(two bfloat16, four int8) lie side by side for one input after another. For int8 the negative sum of each output feature
+follows, which oneDNN multiplies by an input's zero point. Sizes are padded to whole blocks, and images to whole pages:
+oneDNN reads a weight that begins where a page does a sixth faster. A large weight is divided into parts.
+"""
+
+# Shapes: O output features, I input features, P parts
+
+import ctypes
+import functools
+import math
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+from torch import nn
+
+BLOCK = 64  # output features
+UNIT = 4  # bytes of an output feature
+PAGE = 4096  # bytes
+AT_MOST_ROWS = 2**14  # output features of a part, if a weight can be divided so
+POPULATE_READ = 22  # MADV_POPULATE_READ; a kernel before Linux 5.14 refuses, and nothing is lost
+OPAQUE_LAYOUT = 3  # of torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h): memory that oneDNN describes
+KNOWN = weakref.WeakValueDictionary()  # (type, shape) -> a packed weight that is its image
+UNKNOWN = set()  # (type, shape) of weights that this processor has in another order
+
+
+def image_shape(shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
+    """Return the shape of the image of a weight (O, I): (P, elements of a part)."""
+    rows = rows_together(shape[0])
+    size = num_bytes((rows, shape[1]), dtype)
+    return shape[0] // rows, math.ceil(size / PAGE) * PAGE // dtype.itemsize
+
+
+def empty_image(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Return memory for an image, in which nothing but the padding to whole pages is set."""
+    image = torch.empty(image_shape(shape, dtype), dtype=dtype)
+    image[:, num_bytes((shape[0] // len(image), shape[1]), dtype) // dtype.itemsize :] = 0
+    return image
+
+
+def rows_together(count: int) -> int:
+    """Return how many of so many output features a part has: all, or those of the fewest equal parts that are small."""
+    fits = (parts for parts in range(1, count // BLOCK + 1) if count % (parts * BLOCK) == 0)
+    return next((count // parts for parts in fits if count // parts <= AT_MOST_ROWS), count)
+
+
+def padded(shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
+    together = UNIT // dtype.itemsize
+    return math.ceil(shape[0] / BLOCK) * BLOCK, math.ceil(shape[1] / together) * together
+
+
+def num_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Return the bytes of a packed weight."""
+    return math.prod(padded(shape, dtype)) * dtype.itemsize + (4 * padded(shape, dtype)[0] if is_int8(dtype) else 0)
+
+
+def is_int8(dtype: torch.dtype) -> bool:
+    return dtype is torch.int8
+
+
+def regions(part: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return views of a part, or of a packed weight's memory: units (O / 64, units of I, 64) and sums (O or 0)."""
+    out_features, in_features = padded(shape, dtype)
+    size = out_features * in_features * dtype.itemsize
+    numbers = part.view(torch.int8)[: num_bytes(shape, dtype)].view(torch.int32)
+    blocks, sums = numbers.split([size // UNIT, len(numbers) - size // UNIT])
+    return blocks.view(out_features // BLOCK, -1, BLOCK), sums
+
+
+def write(part: torch.Tensor, shape: tuple[int, int], start: int, rows: torch.Tensor):
+    """Write output features (some of O, I), from a multiple of 64 on, into a part of an image of this shape."""
+    in_features = padded(shape, rows.dtype)[1]
+    if len(rows) % BLOCK or rows.shape[1] != in_features:
+        rows = nn.functional.pad(rows, (0, in_features - rows.shape[1], 0, -len(rows) % BLOCK))
+    blocks, sums = regions(part, shape, rows.dtype)
+    units = rows.contiguous().view(torch.int32).unflatten(0, (-1, BLOCK)).transpose(1, 2)
+    blocks[start // BLOCK :][: len(units)] = units
+    if is_int8(rows.dtype):
+        ones = torch.ones(in_features, 1, dtype=torch.int8)
+        sums[start:][: len(rows)] = torch._int_mm(rows, ones).neg_().flatten()
+
+
+def read(part: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Return the weight (O, I) that a part was made of."""
+    units = regions(part, shape, part.dtype)[0].transpose(1, 2).flatten(0, 1)
+    return units.contiguous().view(part.dtype)[: shape[0], : shape[1]].contiguous()
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Have oneDNN pack a plain weight (O, I)."""
+    if is_int8(weight.dtype):
+        return torch.ops.onednn.qlinear_prepack(weight, None)
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+
+
+def take(image: torch.Tensor, shape: tuple[int, int]) -> list[torch.Tensor]:
+    """Return the parts of an image as packed weights: in place, if this processor has their order, else packed anew."""
+    shape = (shape[0] // len(image), shape[1])
+    return [take_part(part, shape) for part in image]
+
+
+def take_part(part: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    like = packed_like(shape, part.dtype)
+    if like is None:
+        return pack(read(part, shape))
+    packed = adopt(part, like) if part.data_ptr() % PAGE == 0 else None
+    if packed is None:
+        packed = like.clone()
+        memory(packed).copy_(part.view(torch.int8)[: num_bytes(shape, part.dtype)])
+    KNOWN[part.dtype, shape] = packed
+    return packed
+
+
+def packed_like(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
+    """Return a packed weight of a type and shape if it is its image on this processor, else None.
+
+    That was found by comparison, of a weight of this very shape: oneDNN chooses an order by sizes too.
+    """
+    if (dtype, shape) in UNKNOWN:
+        return None
+    packed = KNOWN.get((dtype, shape))
+    if packed is None:
+        few = torch.randint(-127, 128, (100_003,), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+        weight = few.repeat(math.ceil(math.prod(shape) / len(few)))[: math.prod(shape)].view(shape).to(dtype)
+        packed, part = pack(weight), torch.zeros(num_bytes(shape, dtype), dtype=torch.int8)
+        write(part, shape, 0, weight)
+        if not torch.equal(memory(packed), part):
+            UNKNOWN.add((dtype, shape))
+            return None
+    return packed
+
+
+def memory(packed: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a packed weight as a plain tensor, which must not outlive it."""
+    size, address = torch.ops.mkldnn._nbytes(packed), torch.ops.mkldnn.data_ptr(packed)
+    return torch.frombuffer((ctypes.c_byte * size).from_address(address), dtype=torch.int8)
+
+
+def adopt(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
+    """Return a packed weight whose memory is that of a part; None where torch has no such function."""
+    functions = torch_functions()
+    if functions is None:
+        return None
+    create, number_of_type, new_capsule = functions
+    described = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(like).view(torch.uint8).tolist())
+    sizes = (ctypes.c_int64 * like.ndim)(*like.shape)
+    handle = ctypes.c_void_p()
+    failed = create(
+        *(ctypes.c_void_p(part.data_ptr()), ctypes.c_int64(like.ndim), sizes, sizes, ctypes.c_int64(0)),
+        *(number_of_type[like.dtype], ctypes.c_int32(0), ctypes.c_int32(-1), ctypes.byref(handle)),  # on the CPU
+        *(ctypes.c_int32(OPAQUE_LAYOUT), described, ctypes.c_int64(len(described))),
+    )
+    if failed:
+        return None
+    packed = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(new_capsule(handle, None, None))
+    packed.part = part  # lives as long
+    if sys.platform == "linux":  # what is mapped from a file is read now, and at once rather than a page at a time
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(part.data_ptr()), ctypes.c_size_t(part.nbytes), POPULATE_READ)
+    return packed
+
+
+@functools.cache
+def torch_functions():
+    """Return what `adopt` needs of torch's C interface, by which its compiled models keep packed weights in a file."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        create = library.aoti_torch_create_tensor_from_blob_v2
+        types = {torch.int8: library.aoti_torch_dtype_int8, torch.bfloat16: library.aoti_torch_dtype_bfloat16}
+        torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr  # noqa: B018  (is it there?)
+    except (OSError, AttributeError):
+        return None
+    new_capsule = ctypes.pythonapi.PyCapsule_New
+    new_capsule.restype, new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return create, {dtype: ctypes.c_int32(number()) for dtype, number in types.items()}, new_capsule

@@ -1,0 +1,101 @@
+"""Weights in oneDNN's order: written by us as oneDNN writes them, and read by it where they lie."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_llama3.generation import onednn
+from hf_llama3.generation.int8 import Int8Kernel
+from hf_llama3.generation.kernels import DenseKernel
+
+HAS_AMX = "amx_int8" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+with_amx = pytest.mark.skipif(not HAS_AMX, reason="this processor keeps weights in another order")
+SHAPES = [(64, 64), (192, 256), (512, 2048), (2048, 192)]
+
+
+def draw(shape, dtype):
+    return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def image_of(weight):
+    image = onednn.empty_image(weight.shape, weight.dtype)
+    for part, rows in zip(image, weight.chunk(len(image)), strict=True):
+        onednn.write(part, rows.shape, 0, rows)
+    return image
+
+
+@with_amx
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_images_are_onednns_own(shape, dtype):
+    weight = draw(shape, dtype)
+    packed, image = onednn.pack(weight), image_of(weight)
+    assert torch.equal(onednn.memory(packed), image.view(torch.int8)[0, : onednn.num_bytes(shape, dtype)])
+    assert onednn.packed_like(shape, dtype) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (65, 37), (3, 5), (259, 64)], ids=str)
+def test_reading_gives_the_weight(shape, dtype):
+    weight = draw(shape, dtype)
+    image = image_of(weight)
+    assert image.shape == onednn.image_shape(shape, dtype) and image[0].nbytes % onednn.PAGE == 0
+    assert torch.equal(onednn.read(image[0], shape), weight)
+
+
+def test_rows_one_block_at_a_time():
+    weight = draw((192, 64), torch.int8)
+    image = onednn.empty_image(weight.shape, torch.int8)
+    for start in (128, 0, 64):
+        onednn.write(image[0], weight.shape, start, weight[start : start + 64])
+    assert torch.equal(image, image_of(weight))
+
+
+@pytest.mark.parametrize(
+    ("count", "together"),
+    [(64, 64), (2048, 2048), (16384, 16384), (28672, 14336), (128256, 10688), (32000, 16000), (128257, 128257)],
+)
+def test_parts(count, together):
+    """The least number of equal parts of whole blocks with at most 16,384 output features each."""
+    assert onednn.rows_together(count) == together
+
+
+WAYS = {  # in which an image becomes a packed weight -> what brings it about
+    "in place": {},
+    "not on a page": {"PAGE": 2**60},
+    "without torch's interface": {"torch_functions": lambda: None},
+    "in an unknown order": {"packed_like": lambda shape, dtype: None},
+}
+
+
+@pytest.mark.parametrize("kernel", [DenseKernel, Int8Kernel])
+@pytest.mark.parametrize("at_most", [2**14, 512], ids=["whole", "in parts"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_same_product(way, at_most, kernel, monkeypatch):
+    weight, x = torch.randn(2048, 1088).bfloat16(), torch.randn(3, 1088).bfloat16()  # of 2 MB: begins with a page
+    expected = kernel(weight)(x)
+    monkeypatch.setattr(onednn, "AT_MOST_ROWS", at_most)
+    stored = kernel.encode(weight)
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(onednn, name, value)
+    made = kernel.from_stored(stored, (2048, 1088), torch.bfloat16)
+    assert torch.equal(made(x), expected)
+    parts = made.parts if kernel is DenseKernel else [packed for packed, *_ in made.parts]
+    assert len(parts) == 2048 // min(at_most, 2048)
+    if HAS_AMX:
+        in_image = {torch.ops.mkldnn.data_ptr(part) for part in parts} == {
+            part.data_ptr() for part in next(iter(stored.values()))
+        }
+        assert in_image == (way == "in place")
+    if kernel is DenseKernel:
+        assert torch.equal(made.to_dense(), weight)
+
+
+@with_amx
+def test_an_adopted_image_lives_as_long_as_the_weight():
+    weight, x = torch.randn(2048, 1088).bfloat16(), torch.randn(1, 1088).bfloat16()  # of 2 MB: begins with a page
+    kernel = DenseKernel.from_stored(DenseKernel.encode(weight), (2048, 1088), torch.bfloat16)
+    expected = kernel(x)
+    others = [torch.full((2048, 1088), 7.0).bfloat16() for _ in range(20)]  # would take its memory
+    assert torch.equal(kernel(x), expected) and len(others) == 20
