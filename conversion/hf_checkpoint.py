@@ -159,17 +159,18 @@ class SafetensorsLayout:
 
     Args:
         tensors: (name, dtype, shape), in order.
+        align: what the first tensor's offset shall be a multiple of.
     """
 
     needs_checksums = False
 
-    def __init__(self, tensors: list[tuple[str, Dtype, tuple[int, ...]]]):
+    def __init__(self, tensors: list[tuple[str, Dtype, tuple[int, ...]]], align: int = 8):
         header, end = {"__metadata__": {"format": "pt"}}, 0
         for name, dtype, shape in tensors:
             start, end = end, end + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [start, end]}
         encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
+        encoded += b" " * (-(8 + len(encoded)) % align)
         self._header = len(encoded).to_bytes(8, "little") + encoded
         data = len(self._header)
         self.offsets = [data + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"]

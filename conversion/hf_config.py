@@ -32,6 +32,7 @@ PASSED_ON = {  # written as they are found, or as every Llama has them
     "use_cache": True,
 }
 LLAMA3_SCALING = tuple(llama3_scaling(8.0))[1:]  # its keys, without the type
+PACKED = "hf_llama3"  # `quant_method` in the configuration of a folder that `hf-llama3 pack` made
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -49,8 +50,10 @@ def read_config(path: Path) -> dict:
     if not isinstance(kind, str) or kind not in KNOWN_TYPES:
         meaning = f" ({OTHER_TYPES[kind]})" if isinstance(kind, str) and kind in OTHER_TYPES else ""
         raise UserError(f"`model_type` in {path} must be one of {sorted(KNOWN_TYPES)}, got {kind!r}{meaning}")
-    if raw.get("quantization_config"):
-        raise UserError(f"{path} describes quantised weights (`quantization_config`); convert the original ones")
+    if quantization := raw.get("quantization_config"):
+        is_packed = isinstance(quantization, dict) and quantization.get("quant_method") == PACKED
+        how = "packed" if is_packed else "quantised"
+        raise UserError(f"{path} describes {how} weights (`quantization_config`); take the original ones")
     if raw.get("attention_bias") or raw.get("mlp_bias"):
         raise UserError(f"{path} describes projections with biases, which the conversions do not know")
     if raw.get("hidden_act", PASSED_ON["hidden_act"]) != PASSED_ON["hidden_act"]:

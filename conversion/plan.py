@@ -61,36 +61,45 @@ class Plan:
 
 def plan_hf(source: Checkpoint, model_type: str, max_shard_size: str, cast: Cast | None) -> Plan:
     """Plan a Hugging Face folder of `model_type` "llama", which everything reads, or "llama3" with its code."""
-    limit, dtype = parse_size(max_shard_size), cast.to.name if cast else source.dtype
-    groups, room = [[]], limit
-    for row in source.own_rows:
-        assembly = assemble(source, row, "hf", cast)
-        if assembly.nbytes > room and groups[-1]:
-            groups.append([])
-            room = limit
-        groups[-1].append((row.hf, assembly))
-        room -= assembly.nbytes
-    total = len(groups)
-    names = [SINGLE] if total == 1 else [f"model-{index + 1:05d}-of-{total:05d}.safetensors" for index in range(total)]
-    files = [
-        PlannedFile(name, SafetensorsLayout(describe(tensors)), tensors)
-        for name, tensors in zip(names, groups, strict=True)
-    ]
+    dtype = cast.to.name if cast else source.dtype
+    tensors = [(row.hf, assemble(source, row, "hf", cast)) for row in source.own_rows]
+    divided = divide(tensors, lambda tensor: tensor[1].nbytes, parse_size(max_shard_size))
+    files = [PlannedFile(name, SafetensorsLayout(describe(group)), group) for name, group in divided.items()]
 
     notes = []
 
     def make_small_files():
         small = hf_tokenizer(source, notes)
         small["generation_config.json"] = to_json(generation_config(source.config, source.generation_config))
-        if total > 1:
+        if len(files) > 1:
             weight_map = {name: file.name for file in files for name, _ in file.tensors}
-            size = sum(assembly.nbytes for file in files for _, assembly in file.tensors)
-            small[INDEX] = to_json({"metadata": {"total_size": size}, "weight_map": weight_map})
+            small[INDEX] = make_index(weight_map, sum(assembly.nbytes for _, assembly in tensors))
         if model_type == "llama3":
             small |= code_files()
         return small | {"config.json": to_json(portable_config(source.config, dtype, model_type))}
 
     return Plan(source, "hf", cast, files, make_small_files, notes)
+
+
+def divide(entries: list, nbytes: Callable[..., int], limit: int) -> dict[str, list]:
+    """Divide tensors, in their order, among safetensors files of at most `limit` bytes; returns them by file name."""
+    groups, room = [[]], limit
+    for entry in entries:
+        size = nbytes(entry)
+        if size > room and groups[-1]:
+            groups.append([])
+            room = limit
+        groups[-1].append(entry)
+        room -= size
+    total = len(groups)
+    if total == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{index + 1:05d}-of-{total:05d}.safetensors": group for index, group in enumerate(groups)}
+
+
+def make_index(weight_map: dict[str, str], nbytes: int) -> bytes:
+    """Return the file that says in which of several files each tensor is."""
+    return to_json({"metadata": {"total_size": nbytes}, "weight_map": weight_map})
 
 
 def plan_meta(source: Checkpoint, mp: int, cast: Cast | None) -> Plan:

@@ -383,6 +383,27 @@ def generate(
             print(completion.prompt + completion.text, flush=True)
 
 
+@command("hf-llama3 pack llama-3-8b llama-3-8b-int4 --quantize int4")
+def pack(
+    source: Annotated[str, typer.Argument(help=f"Folder of either format, which is not changed, or {HUB_NAME}.")],
+    target: Annotated[Path, typer.Argument(help="Folder to make.")],
+    quantize: QuantizeOption = None,
+    rope_factor: RopeOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET once the new one is whole.")] = False,
+    as_json: JsonFlag = False,
+):
+    """Write a folder that starts at once on a CPU: weights as --optimize or --quantize would make them each time."""
+    from .generation import pack_model
+
+    report = pack_model(source, target, quantize, rope_factor=rope_factor, overwrite=overwrite, progress=True).to_dict()
+    if as_json:
+        print_json(report)
+        return
+    files, notes = report.pop("files"), report.pop("notes")
+    print_table(report | {f"writes {name}": f"{size:,} bytes" for name, size in files.items()})
+    print_list("Note", notes)
+
+
 @command("hf-llama3 chat Meta-Llama-3-8B-Instruct --quantize int8")
 def chat(
     model: ModelArgument,

@@ -1,4 +1,4 @@
-"""Make the Auto classes, the library's name tables and PEFT know the model type "llama3".
+"""Make the Auto classes, the library's name tables and PEFT know the model type "llama3", and packed folders.
 
 Nothing heavy is imported here: the rows are added the moment that each table's own module has been imported (at once if
 it already is), and the classes themselves are looked up through `hf_llama3` when somebody asks for one. Registering at
@@ -44,6 +44,14 @@ def register():
                 hf_llama3 = sys.modules["hf_llama3"]
                 config_class, model_class = getattr(hf_llama3, CONFIG_CLASS), getattr(hf_llama3, name)
                 getattr(modeling_auto, auto_class).register(config_class, model_class, exist_ok=True)
+
+    @when_imported("transformers.quantizers.auto")
+    def add_packed_folders(auto):
+        from .conversion.hf_config import PACKED
+        from .generation.quantizer import PackedConfig, PackedQuantizer
+
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[PACKED] = PackedConfig
+        auto.AUTO_QUANTIZER_MAPPING[PACKED] = PackedQuantizer
 
     @when_imported("peft.utils.constants")
     def add_adapter_targets(constants):

@@ -8,6 +8,7 @@ _HOMES = {
     "load_model": "loading",
     "optimize": "optimization",
     "restore": "optimization",
+    "pack_model": "packing",
     "chat": "conversation",
     "bench": "speed",
     "evaluate": "evaluation",

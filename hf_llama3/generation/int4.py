@@ -46,10 +46,9 @@ class Int4Kernel(StorableKernel):
         return {"weight_int4": packed, "weight_scale_and_middle": scales}
 
     @staticmethod
-    def encode(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        groups = weight.shape[1] // GROUP
-        packed = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8)
-        scales_and_middles = torch.empty(groups, len(weight), 2, dtype=torch.bfloat16)  # (I / G, O, 2)
+    def encode(weight: torch.Tensor, stored: dict[str, torch.Tensor]):
+        packed, scales_and_middles = stored["weight_int4"], stored["weight_scale_and_middle"]  # .., (I / G, O, 2)
+        groups = len(scales_and_middles)
         for rows in row_blocks(weight):
             part = weight[rows].to(torch.float32, copy=True).unflatten(1, (groups, GROUP))
             low, high = part.amin(2, keepdim=True), part.amax(2, keepdim=True)
@@ -58,7 +57,6 @@ class Int4Kernel(StorableKernel):
             levels = part.sub_(middles).div_(scales).add_(8).round_().clamp_(0, 15).flatten(1)
             packed[rows] = pack(levels.to(torch.uint8))
             scales_and_middles[:, rows] = torch.cat([scales, middles], 2).transpose(0, 1)
-        return {"weight_int4": packed, "weight_scale_and_middle": scales_and_middles}
 
     def take(self, stored: dict[str, torch.Tensor]):
         self.packed, self.scales_and_middles = stored["weight_int4"], stored["weight_scale_and_middle"]

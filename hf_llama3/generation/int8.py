@@ -17,17 +17,16 @@ class Int8Kernel(StorableKernel):
         return {"weight_int8": image, "weight_scale": torch.empty(shape[0], dtype=torch.float32, device="meta")}
 
     @staticmethod
-    def encode(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        image = onednn.empty_image(weight.shape, torch.int8)
-        scales = []
-        for part, of_weight in zip(image, weight.chunk(len(image)), strict=True):
+    def encode(weight: torch.Tensor, stored: dict[str, torch.Tensor]):
+        image, scales = stored["weight_int8"], stored["weight_scale"]
+        of_parts = zip(image, weight.chunk(len(image)), scales.chunk(len(image)), strict=True)
+        for part, of_weight, of_scales in of_parts:
             for rows in row_blocks(of_weight):
                 plain = of_weight[rows]
                 scale = plain.abs().amax(1).float().div_(127).clamp_min_(1e-30)
                 quantized = plain.to(torch.float32, copy=True).div_(scale[:, None]).round_().to(torch.int8)
                 onednn.write(part, of_weight.shape, rows.start, quantized)
-                scales.append(scale)
-        return {"weight_int8": image, "weight_scale": torch.cat(scales)}
+                of_scales[rows] = scale
 
     def take(self, stored: dict[str, torch.Tensor]):
         rows, scales = onednn.rows_together(self.shape[0]), stored["weight_scale"]

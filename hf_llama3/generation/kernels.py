@@ -37,11 +37,13 @@ class StorableKernel(Kernel):
 
     def __init__(self, weight: torch.Tensor):
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
-        self.take(self.encode(weight.detach()))
+        stored = {name: torch.empty_like(part, device="cpu") for name, part in self.describe(self.shape).items()}
+        self.encode(weight.detach(), stored)
+        self.take(stored)
 
     @classmethod
     def from_stored(cls, stored: dict[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype):
-        """Make a kernel of what `encode` returned of a weight of this shape, for outputs of a type."""
+        """Make a kernel of what `encode` made of a weight of this shape, for outputs of a type."""
         kernel = cls.__new__(cls)
         kernel.shape, kernel.dtype = shape, dtype
         kernel.take(stored)
@@ -49,12 +51,12 @@ class StorableKernel(Kernel):
 
     @staticmethod
     def describe(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Return what `encode` would of a weight of this shape, without memory (on "meta")."""
+        """Return the tensors that hold all that is kept of a weight of this shape, without memory (on "meta")."""
         raise NotImplementedError
 
     @staticmethod
-    def encode(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the tensors that hold all that is kept of a plain weight (O, I)."""
+    def encode(weight: torch.Tensor, stored: dict[str, torch.Tensor]):
+        """Put a plain weight (O, I) into tensors such as `describe` says."""
         raise NotImplementedError
 
     def take(self, stored: dict[str, torch.Tensor]):
@@ -77,11 +79,10 @@ class DenseKernel(StorableKernel):
         return {"weight_bfloat16": image}
 
     @staticmethod
-    def encode(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        image = onednn.empty_image(weight.shape, torch.bfloat16)
+    def encode(weight: torch.Tensor, stored: dict[str, torch.Tensor]):
+        image = stored["weight_bfloat16"]
         for part, of_weight in zip(image, weight.chunk(len(image)), strict=True):
             onednn.write(part, of_weight.shape, 0, of_weight)
-        return {"weight_bfloat16": image}
 
     def take(self, stored: dict[str, torch.Tensor]):
         self.use(onednn.take(stored["weight_bfloat16"], self.shape))

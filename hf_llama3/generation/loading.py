@@ -8,8 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hf_llama3  # noqa: F401  (registers the type "llama3")
+from hf_llama3.conversion.hf_config import PACKED
 from hf_llama3.conversion.load import load_meta, load_meta_tokenizer
+from hf_llama3.conversion.manifest import read_json
 from hf_llama3.conversion.opening import open_checkpoint
+from hf_llama3.conversion.staging import is_unfinished
 from hf_llama3.errors import UserError
 
 from .defaults import DTYPES, QUANTIZATIONS
@@ -42,7 +45,6 @@ def load_model(
         UserError: the folder holds no whole checkpoint or no tokenizer, the name is unknown, or the model cannot be
             divided so.
     """
-    fast = fast or quantize is not None or compile
     if quantize not in (None, *QUANTIZATIONS):
         raise UserError(f"--quantize must be one of {QUANTIZATIONS}, got {quantize!r}")
     if dtype not in DTYPES:
@@ -51,13 +53,19 @@ def load_model(
         raise UserError("--max-memory and --offload-folder say how layers are divided; add --device-map auto")
     if device_map is not None and group.mode is not None:
         raise UserError(f"--device-map is for one process, got it with --parallel {group.mode}; leave one out")
-    if fast and group.mode in ("tensor", "pipeline"):
-        raise UserError(
-            f"--parallel {group.mode} divides plain weights; leave out --optimize, --quantize and --compile"
-        )
+    fast, is_packed = fast or quantize is not None or compile, is_packed_folder(name)
+    if (fast or is_packed) and group.mode in ("tensor", "pipeline"):
+        remedy = "name the plain folder" if is_packed else "leave out --optimize, --quantize and --compile"
+        raise UserError(f"--parallel {group.mode} divides plain weights; {remedy}")
+    if is_packed and rope_factor is not None:
+        raise UserError(f"--rope-factor is for Meta's format: the RoPE of {name} stands in its config.json")
     if not group.is_first:
         logging.disable_progress_bar()
-    model, tokenizer = read_model(name, dtype, rope_factor, device_map, max_memory, offload_folder, group)
+    if is_packed:
+        where = {} if device_map is None else {"device_map": device_map}
+        model, tokenizer = read_folder(name, dtype, where)
+    else:
+        model, tokenizer = read_model(name, dtype, rope_factor, device_map, max_memory, offload_folder, group)
     if group.mode == "pipeline":
         number_own_layers(model)
     if fast:
@@ -83,6 +91,18 @@ def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max
         with loading(name):
             model = load_meta(name, rope_factor=rope_factor, dtype=dtype, **where)
         return model.eval(), load_meta_tokenizer(name, rope_factor=rope_factor)
+    return read_folder(name, dtype, where)
+
+
+def is_packed_folder(name: str) -> bool:
+    """Tell whether `hf-llama3 pack` made a folder; whether it is whole is not looked at."""
+    path = Path(name) / "config.json"
+    found = read_json(path).get("quantization_config") if path.is_file() and not is_unfinished(Path(name)) else None
+    return isinstance(found, dict) and found.get("quant_method") == PACKED
+
+
+def read_folder(name: str, dtype: str, where: dict):
+    """Load a Hugging Face folder."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the tokenizers library raises nothing narrower

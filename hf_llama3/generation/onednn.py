@@ -35,13 +35,6 @@ def image_shape(shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
     return shape[0] // rows, math.ceil(size / PAGE) * PAGE // dtype.itemsize
 
 
-def empty_image(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Return memory for an image, in which nothing but the padding to whole pages is set."""
-    image = torch.empty(image_shape(shape, dtype), dtype=dtype)
-    image[:, num_bytes((shape[0] // len(image), shape[1]), dtype) // dtype.itemsize :] = 0
-    return image
-
-
 def rows_together(count: int) -> int:
     """Return how many of so many output features a part has: all, or those of the fewest equal parts that are small."""
     fits = (parts for parts in range(1, count // BLOCK + 1) if count % (parts * BLOCK) == 0)
@@ -77,6 +70,7 @@ def write(part: torch.Tensor, shape: tuple[int, int], start: int, rows: torch.Te
     if len(rows) % BLOCK or rows.shape[1] != in_features:
         rows = nn.functional.pad(rows, (0, in_features - rows.shape[1], 0, -len(rows) % BLOCK))
     blocks, sums = regions(part, shape, rows.dtype)
+    part.view(torch.int8)[num_bytes(shape, rows.dtype) :] = 0  # to the end of its last page
     units = rows.contiguous().view(torch.int32).unflatten(0, (-1, BLOCK)).transpose(1, 2)
     blocks[start // BLOCK :][: len(units)] = units
     if is_int8(rows.dtype):

@@ -30,8 +30,8 @@ def limited(*command, limit=MEMORY_BYTES):
     )
 
 
-def convert(*options):
-    result = limited("-m", "hf_llama3", "convert", *options)
+def convert(*options, command="convert"):
+    result = limited("-m", "hf_llama3", command, *options)
     assert result.returncode == 0, result.stderr
 
 
@@ -63,3 +63,7 @@ def test_memory_of_a_load_with_offload_is_bounded(source, tmp_path):
 def test_the_limit_holds():
     """The control: as much memory as the model has bytes cannot be had."""
     assert "MemoryError" in limited("-c", f"bytearray({MODEL_BYTES})").stderr
+
+
+def test_memory_of_packing_is_bounded(source, tmp_path):
+    convert(source, tmp_path / "target", command="pack")

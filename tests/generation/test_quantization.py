@@ -69,7 +69,8 @@ torch.manual_seed(0)
 weight, x = torch.randn(192, 64).bfloat16(), torch.randn(40, 64).bfloat16()
 levels = torch.randint(16, (192, 64)).to(torch.uint8)
 assert torch.equal(unpack(pack(levels), STORED), levels)
-stored = Int4Kernel.encode(weight)
+stored = {name: torch.empty_like(part, device="cpu") for name, part in Int4Kernel.describe((192, 64)).items()}
+Int4Kernel.encode(weight, stored)
 scales, middles = (part.T.repeat_interleave(32, 1).float() for part in stored["weight_scale_and_middle"].unbind(2))
 plain = (unpack(stored["weight_int4"], STORED).float() - 8) * scales + middles
 kernel = Int4Kernel.from_stored(stored, (192, 64), torch.bfloat16)
