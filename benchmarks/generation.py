@@ -3,15 +3,15 @@
     pip install llama-cpp-python gguf   # for llama.cpp; without them it is left out
     OMP_NUM_THREADS=1 python benchmarks/generation.py --layers 4
     OMP_NUM_THREADS=1 python benchmarks/generation.py --layers 16 --contexts 64 2048 8192 --batches 1 4 16
+    OMP_NUM_THREADS=1 python benchmarks/generation.py starts --layers 16
     OMP_NUM_THREADS=1 python benchmarks/generation.py kernels
     OMP_NUM_THREADS=1 python benchmarks/generation.py products --batches 1 16
     python benchmarks/generation.py --device cuda --geometry 8B --layers 32 --batches 1 4 16 64   # with torchao
 
-Random bfloat16 weights are written once, as a Hugging Face folder and as GGUF files. Then all contenders start (one
-after another, and the time to the first token from a cold process is taken), and are asked in turn, round after round.
-A step's share is what reading its weights once comes to of the speed at which this machine reads memory (a GPU: copies
-it). Medians; ratios come last. `kernels` times matrix products alone, at the batches; `products` those of a whole step
-beside the step.
+Random bfloat16 weights are written once, as a Hugging Face folder and as GGUF files. Then all contenders start, and are
+asked in turn, round after round. A step's share is what reading its weights once comes to of the speed at which this
+machine reads memory (a GPU: copies it). Medians; ratios come last. `starts` times new processes to their first token;
+`kernels` matrix products alone, at the batches; `products` those of a whole step beside the step.
 """
 
 import argparse
@@ -48,6 +48,9 @@ CONTENDERS = {
     "ours, int8, compile": {"optimize": {"quantize": "int8", "compile": True}},
     "ours, int4": {"optimize": {"quantize": "int4"}},
     "ours, int4, compile": {"optimize": {"quantize": "int4", "compile": True}},
+    "ours, packed": {"packed": None},
+    "ours, int8, packed": {"packed": "int8"},
+    "ours, int4, packed": {"packed": "int4"},
     "llama.cpp bf16": {"gguf": "BF16"},
     "llama.cpp q8_0": {"gguf": "Q8_0"},
     "llama.cpp q4_0": {"gguf": "Q4_0"},
@@ -78,7 +81,9 @@ RATIOS = [
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=["generate", "kernels", "products", "serve"], default="generate")
+    parser.add_argument(
+        "part", nargs="?", choices=["generate", "starts", "kernels", "products", "serve"], default="generate"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, or what torch calls a GPU, with contenders of its own")
     parser.add_argument("--geometry", choices=list(SIZES), default="1B")
     parser.add_argument("--layers", type=int, default=4, help="of 16 (1B) or 32 (8B)")
@@ -99,16 +104,45 @@ def main():
         time_products(args)
     else:
         with tempfile.TemporaryDirectory(dir=args.folder, prefix="generation-benchmark-") as folder:
-            compare(args, Path(folder))
+            (time_starts if args.part == "starts" else compare)(args, Path(folder))
+
+
+def prepare(args, folder: Path) -> dict[str, dict]:
+    """Write what the contenders read, and return those that have it."""
+    from hf_llama3.generation import pack_model
+
+    write_models(folder, make_config(args), with_gguf=args.device == "cpu")
+    settings = contenders_on(args.device)
+    names = args.only or list(settings)
+    for kind in {settings[name]["packed"] for name in names if "packed" in settings[name]}:
+        pack_model(folder / "hf", folder / source({"packed": kind}), kind)
+    return {name: settings[name] for name in names if (folder / source(settings[name])).exists()}
+
+
+def time_starts(args, folder: Path):
+    """Print how long each contender takes from a new process to its first token, in turn, round after round."""
+    from hf_llama3.generation.speed import measure_read_speed
+
+    settings, read = prepare(args, folder), measure_read_speed(args.device)
+    starts = {name: [] for name in settings}
+    for _ in range(args.rounds):
+        for name, how in settings.items():
+            worker = Worker(name, how, folder, args.device)
+            starts[name].append((worker.first_token, worker.facts["loading"], worker.facts["preparing"]))
+            worker.end()
+    print(f"\n{args.geometry} geometry, {args.layers} layers; memory is read at {read / 1e9:.1f} GB/s\n")
+    print("| | First token from cold, s | Loading, s | Optimising, s | of upstream's |\n|---|---:|---:|---:|---:|")
+    medians = {name: list(map(statistics.median, zip(*runs, strict=True))) for name, runs in starts.items()}
+    for name, (first, loading, preparing) in medians.items():
+        ratio = f"{first / medians['upstream'][0]:.2f}" if "upstream" in medians else ""
+        print(f"| {name} | {first:.1f} | {loading:.2f} | {preparing:.2f} | {ratio} |")
 
 
 def compare(args, folder: Path):
     from hf_llama3.generation.speed import measure_read_speed
 
-    write_models(folder, make_config(args), with_gguf=args.device == "cpu")
-    settings = contenders_on(args.device)
-    names = [name for name in args.only or settings if (folder / source(settings[name])).exists()]
-    workers = {name: Worker(name, settings[name], folder, args.device) for name in names}
+    workers = {name: Worker(name, how, folder, args.device) for name, how in prepare(args, folder).items()}
+    names = list(workers)
     questions = [(batch, size, args.steps) for batch in args.batches for size in args.contexts]
     # Short ones first: upstream's static cache stays as long as the longest needed.
     questions = sorted([*questions, (1, args.prefill, 2)], key=lambda question: question[1])
@@ -130,11 +164,9 @@ def compare(args, folder: Path):
 def report(args, workers, answers, read: float):
     where = f"{torch.get_num_threads()} thread(s)" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     print(f"\n{args.geometry} geometry, {args.layers} layers, {where}; memory is read at {read / 1e9:.1f} GB/s\n")
-    print("| | Weights, GB | First token from cold, s | Preparing, s | Peak, GB |\n|---|---:|---:|---:|---:|")
+    print("| | Weights, GB | Peak, GB |\n|---|---:|---:|")
     for name, worker in workers.items():
-        facts = worker.facts
-        weights, preparing, peak = facts["bytes"] / 1e9, facts["preparing"], facts["peak"] / 1e9
-        print(f"| {name} | {weights:.2f} | {worker.first_token:.1f} | {preparing:.1f} | {peak:.1f} |")
+        print(f"| {name} | {worker.facts['bytes'] / 1e9:.2f} | {worker.facts['peak'] / 1e9:.1f} |")
     steps = {}
     for (batch, size, new), by_name in answers.items():
         print(f"\n| batch {batch}, after {size} tokens | ms a step | share | prefill, tokens/s |\n|---|---:|---:|---:|")
@@ -167,6 +199,8 @@ def contenders_on(device: str) -> dict:
 
 def source(settings: dict) -> str:
     """Return the file or folder that a contender reads."""
+    if "packed" in settings:
+        return f"packed-{settings['packed']}"
     return f"{settings['gguf']}.gguf" if "gguf" in settings else "hf"
 
 
@@ -206,7 +240,8 @@ def serve(name: str, folder: Path, device: str):
     contender = LlamaCpp(path) if "gguf" in settings else Transformers(name, path, settings, device)
     contender.generate(1, 64, 1)
     print("{}", flush=True)
-    facts = {"peak": measure_peak(device), "bytes": contender.bytes, "preparing": contender.preparing}
+    facts = {"peak": measure_peak(device), "bytes": contender.bytes}
+    facts |= {"loading": contender.loading, "preparing": contender.preparing}
     print(json.dumps(facts), flush=True)
     contender.generate(1, 64, 4)
     for line in sys.stdin:
@@ -233,12 +268,13 @@ class Transformers:
             how["device_map"] = device
         if "torchao" in settings:
             how["quantization_config"] = make_quantization(**settings["torchao"])
-        self.model, started = model_class.from_pretrained(folder, **how).eval(), time.perf_counter()
+        started = time.perf_counter()
+        self.model, loaded = model_class.from_pretrained(folder, **how).eval(), time.perf_counter()
         if "optimize" in settings:
             from hf_llama3 import optimize
 
             optimize(self.model, **settings["optimize"])
-        self.preparing = time.perf_counter() - started
+        self.loading, self.preparing = loaded - started, time.perf_counter() - loaded
         self.options = {}
         if settings.get("stock"):  # on a GPU the library compiles by itself
             self.options = {"cache_implementation": "static"}
@@ -274,11 +310,11 @@ class LlamaCpp:
     def __init__(self, path: Path):
         import llama_cpp
 
-        threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
+        threads, started = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), time.perf_counter()
         self.llama = llama_cpp.Llama(
             str(path), n_ctx=16384, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
         )
-        self.path, self.preparing = path, 0.0
+        self.path, self.loading, self.preparing = path, time.perf_counter() - started, 0.0
 
     @property
     def bytes(self) -> int:
