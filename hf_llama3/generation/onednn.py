@@ -64,18 +64,24 @@ def regions(part: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> t
     return blocks.view(out_features // BLOCK, -1, BLOCK), sums
 
 
-def write(part: torch.Tensor, shape: tuple[int, int], start: int, rows: torch.Tensor):
-    """Write output features (some of O, I), from a multiple of 64 on, into a part of an image of this shape."""
-    in_features = padded(shape, rows.dtype)[1]
-    if len(rows) % BLOCK or rows.shape[1] != in_features:
-        rows = nn.functional.pad(rows, (0, in_features - rows.shape[1], 0, -len(rows) % BLOCK))
-    blocks, sums = regions(part, shape, rows.dtype)
-    part.view(torch.int8)[num_bytes(shape, rows.dtype) :] = 0  # to the end of its last page
+def arrange(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `regions` are to hold of output features, in whole blocks or to the last: units and sums."""
+    out_features, in_features = padded(rows.shape, rows.dtype)
+    if (out_features, in_features) != rows.shape:
+        rows = nn.functional.pad(rows, (0, in_features - rows.shape[1], 0, out_features - rows.shape[0]))
     units = rows.contiguous().view(torch.int32).unflatten(0, (-1, BLOCK)).transpose(1, 2)
+    if not is_int8(rows.dtype):
+        return units, torch.empty(0, dtype=torch.int32)
+    return units, torch._int_mm(rows, torch.ones(in_features, 1, dtype=torch.int8)).neg_().flatten()
+
+
+def write(part: torch.Tensor, shape: tuple[int, int], start: int, rows: torch.Tensor):
+    """Write output features, from a multiple of 64 on, into a part of an image of this shape."""
+    part.view(torch.int8)[num_bytes(shape, rows.dtype) :] = 0  # to the end of its last page
+    blocks, sums = regions(part, shape, rows.dtype)
+    units, of_rows = arrange(rows)
     blocks[start // BLOCK :][: len(units)] = units
-    if is_int8(rows.dtype):
-        ones = torch.ones(in_features, 1, dtype=torch.int8)
-        sums[start:][: len(rows)] = torch._int_mm(rows, ones).neg_().flatten()
+    sums[start:][: len(of_rows)] = of_rows
 
 
 def read(part: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -118,11 +124,14 @@ def packed_like(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | No
         return None
     packed = KNOWN.get((dtype, shape))
     if packed is None:
-        few = torch.randint(-127, 128, (100_003,), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-        weight = few.repeat(math.ceil(math.prod(shape) / len(few)))[: math.prod(shape)].view(shape).to(dtype)
-        packed, part = pack(weight), torch.zeros(num_bytes(shape, dtype), dtype=torch.int8)
-        write(part, shape, 0, weight)
-        if not torch.equal(memory(packed), part):
+        few = torch.randint(-127, 128, (100_003,), generator=torch.Generator().manual_seed(0)).to(dtype)
+        weight = few.repeat(math.ceil(math.prod(shape) / len(few)))[: math.prod(shape)].view(shape)
+        packed = pack(weight)
+        found = memory(packed)
+        is_known = len(found) == num_bytes(shape, dtype) and all(
+            map(torch.equal, regions(found, shape, dtype), arrange(weight))
+        )
+        if not is_known:
             UNKNOWN.add((dtype, shape))
             return None
     return packed
