@@ -84,6 +84,15 @@ def write(part: torch.Tensor, shape: tuple[int, int], start: int, rows: torch.Te
     sums[start:][: len(of_rows)] = of_rows
 
 
+def holds(part: torch.Tensor, shape: tuple[int, int], start: int, rows: torch.Tensor) -> bool:
+    """Tell whether a part of an image of this shape is such as `write` would leave it."""
+    blocks, sums = regions(part, shape, rows.dtype)
+    units, of_rows = arrange(rows)
+    return torch.equal(blocks[start // BLOCK :][: len(units)], units) and torch.equal(
+        sums[start:][: len(of_rows)], of_rows
+    )
+
+
 def read(part: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """Return the weight (O, I) that a part was made of."""
     units = regions(part, shape, part.dtype)[0].transpose(1, 2).flatten(0, 1)
@@ -116,22 +125,22 @@ def take_part(part: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 
 def packed_like(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
-    """Return a packed weight of a type and shape if it is its image on this processor, else None.
+    """Return a packed weight of a type and shape if this processor packs it in the order of images, else None.
 
-    That was found by comparison, of a weight of this very shape: oneDNN chooses an order by sizes too.
+    That is found by comparison, for every shape: oneDNN chooses an order by sizes too.
     """
     if (dtype, shape) in UNKNOWN:
         return None
     packed = KNOWN.get((dtype, shape))
     if packed is None:
-        few = torch.randint(-127, 128, (100_003,), generator=torch.Generator().manual_seed(0)).to(dtype)
-        weight = few.repeat(math.ceil(math.prod(shape) / len(few)))[: math.prod(shape)].view(shape)
+        weight = torch.empty(shape, dtype=dtype)
+        starts = (0, (shape[0] - 1) // BLOCK * BLOCK)  # the first block and the last tell
+        for start in starts:
+            rows = weight[start : start + BLOCK]
+            rows.copy_(torch.randint(-127, 128, rows.shape, generator=torch.Generator().manual_seed(start)))
         packed = pack(weight)
-        found = memory(packed)
-        is_known = len(found) == num_bytes(shape, dtype) and all(
-            map(torch.equal, regions(found, shape, dtype), arrange(weight))
-        )
-        if not is_known:
+        has_size = torch.ops.mkldnn._nbytes(packed) == num_bytes(shape, dtype)
+        if not has_size or not all(holds(memory(packed), shape, start, weight[start:][:BLOCK]) for start in starts):
             UNKNOWN.add((dtype, shape))
             return None
     return packed

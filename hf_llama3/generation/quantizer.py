@@ -32,7 +32,7 @@ class PackedQuantizer(HfQuantizer):
         if others := {str(place) for place in places} - {"cpu"}:
             raise UserError(f"a packed folder is for a CPU, got device_map {sorted(others)}; load the plain checkpoint")
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=(), **kwargs):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         """Give every linear layer of which the files hold packed tensors a place for these."""
         from .kernels import can_pack
 
@@ -42,7 +42,7 @@ class PackedQuantizer(HfQuantizer):
             raise UserError(f"the packed weights are {PLAIN}, got dtype {dtype}; leave it out or load the plain folder")
         if not can_pack(model.dtype):
             raise UserError(f"this processor has no kernel for packed weights and dtype {dtype}; load the plain folder")
-        stored = describe_files(checkpoint_files)
+        stored = describe_files(checkpoint_files or [])
         self.kernels = {}
         for name, module in model.named_modules():
             if type(module) is nn.Linear and (kernel := self.find_kernel(model, name, module, stored)) is not None:

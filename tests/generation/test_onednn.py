@@ -41,6 +41,26 @@ def test_images_are_onednns_own(shape, dtype):
     assert onednn.packed_like(shape, dtype) is not None
 
 
+@pytest.mark.parametrize("what", ["units", "sums", "size"])
+def test_another_order_is_noticed(what, monkeypatch):
+    """Then oneDNN packs by itself."""
+    shape = (128, 192 + 4 * ["units", "sums", "size"].index(what))  # one that no other test has
+    if what == "size":
+        monkeypatch.setattr(onednn, "num_bytes", lambda shape, dtype: 7)
+    else:
+        arranged = onednn.arrange
+        index = ["units", "sums"].index(what)
+
+        def arrange(rows):
+            found = list(arranged(rows))
+            found[index] = found[index].flip(-1)
+            return found
+
+        monkeypatch.setattr(onednn, "arrange", arrange)
+    assert onednn.packed_like(shape, torch.int8) is None and (torch.int8, shape) in onednn.UNKNOWN
+    assert onednn.packed_like(shape, torch.int8) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (65, 37), (3, 5), (259, 64)], ids=str)
 def test_reading_gives_the_weight(shape, dtype):
