@@ -1,9 +1,10 @@
 """Weights in oneDNN's order of memory, written by ourselves: into memory or a file, which oneDNN then reads in place.
 
-An image is a weight (O, I) in the order of a processor with AMX: blocks of 64 output features, in which 4 bytes of each
-(two bfloat16, four int8) lie side by side for one input after another. For int8 the negative sum of each output feature
-follows, which oneDNN multiplies by an input's zero point. Sizes are padded to whole blocks, and images to whole pages:
-oneDNN reads a weight that begins where a page does a sixth faster. A large weight is divided into parts.
+An image is a weight (O, I) in the order of a processor with AVX-512 (bfloat16: AVX512_BF16), in blocks of 64
+output features, of which 4 bytes each (two bfloat16, four int8) lie side by side for one input after another. For int8
+the negative sum of each output feature follows, which oneDNN multiplies by an input's zero point. Sizes are padded to
+whole blocks, and images to whole pages: oneDNN reads a weight that begins where a page does a sixth faster. A large
+weight is divided into parts.
 """
 
 # Shapes: O output features, I input features, P parts
@@ -158,13 +159,13 @@ def adopt(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
     if functions is None:
         return None
     create, number_of_type, new_capsule = functions
-    described = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(like).view(torch.uint8).tolist())
+    description = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(like).view(torch.uint8).tolist())
     sizes = (ctypes.c_int64 * like.ndim)(*like.shape)
     handle = ctypes.c_void_p()
     failed = create(
-        *(ctypes.c_void_p(part.data_ptr()), ctypes.c_int64(like.ndim), sizes, sizes, ctypes.c_int64(0)),
+        *(ctypes.c_void_p(part.data_ptr()), ctypes.c_int64(like.ndim), sizes, sizes, ctypes.c_int64(0)),  # no strides
         *(number_of_type[like.dtype], ctypes.c_int32(0), ctypes.c_int32(-1), ctypes.byref(handle)),  # on the CPU
-        *(ctypes.c_int32(OPAQUE_LAYOUT), described, ctypes.c_int64(len(described))),
+        *(ctypes.c_int32(OPAQUE_LAYOUT), description, ctypes.c_int64(len(description))),
     )
     if failed:
         return None

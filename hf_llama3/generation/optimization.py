@@ -55,7 +55,7 @@ def optimize(
         UserError: the model has adapters, lies on several devices, is quantised already (on a GPU by other than
             torchao), or shall be quantised on a GPU.
     """
-    done = model.__dict__.get("optimization")
+    done = getattr(model, "optimization", None)
     quantize = quantize or (done and done.quantize)
     check(model, quantize)
     if done and (done.quantize, done.compile) == (quantize, compile):
@@ -192,7 +192,9 @@ def refuse_load_state_dict(module: nn.Module, *args, **kwargs):
 
 def refuse_saving(model: PreTrainedModel, *args, **kwargs):
     kind = model.optimization.quantize
-    raise UserError(f"a model quantised to {kind} has no plain weights to save; copy {origin(model)} instead")
+    raise UserError(
+        f"a model quantised to {kind} has no plain weights to save; copy {origin(model)} instead, or run hf-llama3 pack"
+    )
 
 
 def quantization_of(model: PreTrainedModel) -> str | None:

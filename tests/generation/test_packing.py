@@ -12,7 +12,7 @@ import torch
 from command_line import refuse, run
 from safetensors.torch import load_file, save_file
 from small import CLASSES, logits, make_model, prompts
-from test_onednn import with_amx
+from test_onednn import with_order
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_llama3
@@ -90,7 +90,7 @@ def test_exact_weights_can_be_had_back(source, packed, tmp_path):
     restored.train()(input_ids=prompts(), labels=prompts()).loss.backward()
 
 
-@with_amx
+@with_order
 def test_weights_stay_in_the_file(packed):
     """What a kernel reads are pages of the file."""
     _, folder = packed
