@@ -99,6 +99,7 @@ class WeightsFile:
     rows: list[Row]
     layout: SafetensorsLayout
     offsets: dict[str, int]  # by tensor
+    largest: int  # bytes that a row becomes
 
 
 def plan_files(checkpoint: Checkpoint, quantize: str | None) -> list[WeightsFile]:
@@ -111,7 +112,8 @@ def plan_files(checkpoint: Checkpoint, quantize: str | None) -> list[WeightsFile
         tensors.sort(key=lambda tensor: num_bytes(tensor) % PAGE != 0)
         layout = SafetensorsLayout(tensors, align=PAGE)
         offsets = {tensor: offset for (tensor, *_), offset in zip(tensors, layout.offsets, strict=True)}
-        files.append(WeightsFile(name, [row for row, _ in group], layout, offsets))
+        largest = max(sum(map(num_bytes, of_row)) for _, of_row in group)
+        files.append(WeightsFile(name, [row for row, _ in group], layout, offsets, largest))
     return files
 
 
@@ -139,7 +141,8 @@ def num_bytes(tensor: tuple[str, Dtype, tuple[int, ...]]) -> int:
 
 def write_weights(file: WeightsFile, folder: Path, checkpoint: Checkpoint, quantize: str | None, progress):
     """Write a file of tensors, one row of the table after another, and give it its name when it is whole."""
-    partial, memory = folder / f"{file.name}.partial", torch.empty(0, dtype=torch.uint8)
+    partial = folder / f"{file.name}.partial"
+    memory = torch.empty(file.largest, dtype=torch.uint8)  # for one after another: new memory is slow
     with open(partial, "wb", buffering=0) as out:
         reserve(out, file.layout.size)
         for row in file.rows:
@@ -147,10 +150,7 @@ def write_weights(file: WeightsFile, folder: Path, checkpoint: Checkpoint, quant
             kernel = kernel_of(row, weight.shape, quantize)
             stored = {"weight": weight}
             if kernel is not None:
-                described = kernel.describe(tuple(weight.shape))
-                if sum(tensor.nbytes for tensor in described.values()) > len(memory):  # new memory is slow: kept
-                    memory = torch.empty(sum(tensor.nbytes for tensor in described.values()), dtype=torch.uint8)
-                stored = lay_out(described, memory)
+                stored = lay_out(kernel.describe(tuple(weight.shape)), memory)
                 kernel.encode(weight, stored)
             for key, tensor in stored.items():
                 content = tensor.contiguous().view(torch.uint8).numpy()
