@@ -50,9 +50,8 @@ def read_config(path: Path) -> dict:
     if not isinstance(kind, str) or kind not in KNOWN_TYPES:
         meaning = f" ({OTHER_TYPES[kind]})" if isinstance(kind, str) and kind in OTHER_TYPES else ""
         raise UserError(f"`model_type` in {path} must be one of {sorted(KNOWN_TYPES)}, got {kind!r}{meaning}")
-    if quantization := raw.get("quantization_config"):
-        is_packed = isinstance(quantization, dict) and quantization.get("quant_method") == PACKED
-        how = "packed" if is_packed else "quantised"
+    if raw.get("quantization_config"):
+        how = "packed" if is_packed(raw) else "quantised"
         raise UserError(f"{path} describes {how} weights (`quantization_config`); take the original ones")
     if raw.get("attention_bias") or raw.get("mlp_bias"):
         raise UserError(f"{path} describes projections with biases, which the conversions do not know")
@@ -77,6 +76,12 @@ def read_config(path: Path) -> dict:
     config["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
     config |= {key: raw.get(key) for key in TOKEN_IDS}
     return config | {key: raw.get(key, usual) for key, usual in PASSED_ON.items()}
+
+
+def is_packed(raw: dict) -> bool:
+    """Tell whether a config.json is that of a folder which `hf-llama3 pack` made."""
+    quantization = raw.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == PACKED
 
 
 def check_numbers(config: dict, path: Path):

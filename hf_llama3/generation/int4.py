@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels import StorableKernel, row_blocks
+from .kernels import Kernel, row_blocks
 
 BLOCK = 64  # output features that torch packs together
 GROUP = 32  # input features per scale: 128 or 64 read less, 32 loses least
@@ -27,7 +27,7 @@ STORED = Order(64, 32)
 ORDERS = (STORED, Order(32, 16), Order(32, 1))
 
 
-class Int4Kernel(StorableKernel):
+class Int4Kernel(Kernel):
     """Weights of 4 bits, of which 32 neighbours share a scale and a middle; inputs stay as they are.
 
     torch's routine multiplies a few rows at the speed of memory, and is slow for many: for those the weight is spelled

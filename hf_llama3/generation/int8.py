@@ -5,10 +5,10 @@
 import torch
 
 from . import onednn
-from .kernels import StorableKernel, row_blocks
+from .kernels import Kernel, row_blocks
 
 
-class Int8Kernel(StorableKernel):
+class Int8Kernel(Kernel):
     """Weights of 8 bits with a scale per output feature; inputs are rounded to 8 bits with a scale per row."""
 
     @staticmethod

@@ -23,17 +23,16 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 class Kernel:
-    """What all kernels are: they never change, so that copies of a model share them."""
+    """What all kernels are: a few tensors hold all of one, which can be kept in a file.
+
+    They never change, so that copies of a model share them.
+    """
 
     is_exact = False  # whether the weight can be had back
     num_bytes: int  # read for a row
 
     def __deepcopy__(self, memo):
         return self
-
-
-class StorableKernel(Kernel):
-    """What kernels are besides whose weights can be kept in a file, as a few tensors that hold all of them."""
 
     def __init__(self, weight: torch.Tensor):
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
@@ -64,7 +63,7 @@ class StorableKernel(Kernel):
         raise NotImplementedError
 
 
-class DenseKernel(StorableKernel):
+class DenseKernel(Kernel):
     """The weight as it is, in oneDNN's order: products differ from `F.linear`'s by the order of their sums."""
 
     is_exact = True

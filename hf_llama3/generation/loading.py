@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hf_llama3  # noqa: F401  (registers the type "llama3")
-from hf_llama3.conversion.hf_config import PACKED
+from hf_llama3.conversion.hf_config import is_packed
 from hf_llama3.conversion.load import load_meta, load_meta_tokenizer
 from hf_llama3.conversion.manifest import read_json
 from hf_llama3.conversion.opening import open_checkpoint
@@ -53,15 +53,15 @@ def load_model(
         raise UserError("--max-memory and --offload-folder say how layers are divided; add --device-map auto")
     if device_map is not None and group.mode is not None:
         raise UserError(f"--device-map is for one process, got it with --parallel {group.mode}; leave one out")
-    fast, is_packed = fast or quantize is not None or compile, is_packed_folder(name)
-    if (fast or is_packed) and group.mode in ("tensor", "pipeline"):
-        remedy = "name the plain folder" if is_packed else "leave out --optimize, --quantize and --compile"
+    fast, packed = fast or quantize is not None or compile, is_packed_folder(name)
+    if (fast or packed) and group.mode in ("tensor", "pipeline"):
+        remedy = "name the plain folder" if packed else "leave out --optimize, --quantize and --compile"
         raise UserError(f"--parallel {group.mode} divides plain weights; {remedy}")
-    if is_packed and rope_factor is not None:
+    if packed and rope_factor is not None:
         raise UserError(f"--rope-factor is for Meta's format: the RoPE of {name} stands in its config.json")
     if not group.is_first:
         logging.disable_progress_bar()
-    if is_packed:
+    if packed:
         where = {} if device_map is None else {"device_map": device_map}
         model, tokenizer = read_folder(name, dtype, where)
     else:
@@ -97,8 +97,7 @@ def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max
 def is_packed_folder(name: str) -> bool:
     """Tell whether `hf-llama3 pack` made a folder; whether it is whole is not looked at."""
     path = Path(name) / "config.json"
-    found = read_json(path).get("quantization_config") if path.is_file() and not is_unfinished(Path(name)) else None
-    return isinstance(found, dict) and found.get("quant_method") == PACKED
+    return path.is_file() and not is_unfinished(Path(name)) and is_packed(read_json(path))
 
 
 def read_folder(name: str, dtype: str, where: dict):

@@ -49,11 +49,8 @@ def padded(shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, int]:
 
 def num_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Return the bytes of a packed weight."""
-    return math.prod(padded(shape, dtype)) * dtype.itemsize + (4 * padded(shape, dtype)[0] if is_int8(dtype) else 0)
-
-
-def is_int8(dtype: torch.dtype) -> bool:
-    return dtype is torch.int8
+    out_features, in_features = padded(shape, dtype)
+    return out_features * in_features * dtype.itemsize + (4 * out_features if dtype is torch.int8 else 0)
 
 
 def regions(part: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +68,7 @@ def arrange(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if (out_features, in_features) != rows.shape:
         rows = nn.functional.pad(rows, (0, in_features - rows.shape[1], 0, out_features - rows.shape[0]))
     units = rows.contiguous().view(torch.int32).unflatten(0, (-1, BLOCK)).transpose(1, 2)
-    if not is_int8(rows.dtype):
+    if rows.dtype is not torch.int8:
         return units, torch.empty(0, dtype=torch.int32)
     return units, torch._int_mm(rows, torch.ones(in_features, 1, dtype=torch.int8)).neg_().flatten()
 
@@ -102,7 +99,7 @@ def read(part: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """Have oneDNN pack a plain weight (O, I)."""
-    if is_int8(weight.dtype):
+    if weight.dtype is torch.int8:
         return torch.ops.onednn.qlinear_prepack(weight, None)
     return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
 

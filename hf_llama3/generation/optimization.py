@@ -16,7 +16,7 @@ from .compiled import compile_decoding
 from .defaults import QUANTIZATIONS
 from .int4 import Int4Kernel
 from .int8 import Int8Kernel
-from .kernels import DenseKernel, StorableKernel, can_pack
+from .kernels import DenseKernel, Kernel, can_pack
 from .packed import PackedLinear, pack, unpack
 
 REFUSED = ("train", "_apply", "load_state_dict")  # methods that would change the weights or lead to it
@@ -149,7 +149,7 @@ def pack_linears(model: PreTrainedModel, quantize: str | None):
         warnings.warn(f"linear layers that have no faster kernel here were left as they are: {which}", stacklevel=3)
 
 
-def choose_kernel(shape: tuple[int, int], quantize: str | None, is_head: bool) -> type[StorableKernel]:
+def choose_kernel(shape: tuple[int, int], quantize: str | None, is_head: bool) -> type[Kernel]:
     """Return the kernel for a weight (O, I); of int4 the head, in which every error is a logit's, gets int8."""
     if quantize == "int4" and not is_head and Int4Kernel.takes(shape):
         return Int4Kernel

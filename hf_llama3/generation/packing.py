@@ -16,18 +16,16 @@ from hf_llama3.conversion.manifest import byte_bar, to_json
 from hf_llama3.conversion.opening import open_checkpoint
 from hf_llama3.conversion.plan import DEFAULT_SHARD_SIZE, divide, make_index, parse_size
 from hf_llama3.conversion.staging import check_target, finish, staging, sync, write_files
-from hf_llama3.conversion.storage import BY_NAME, Dtype, write_all
+from hf_llama3.conversion.storage import Dtype, write_all
 from hf_llama3.conversion.tokenizer_files import hf_tokenizer
 from hf_llama3.conversion.weights import EMBEDDING, OUTPUT, Row
 from hf_llama3.errors import UserError
 
 from .defaults import QUANTIZATIONS
-from .kernels import StorableKernel
+from .kernels import Kernel
 from .onednn import PAGE
 from .optimization import choose_kernel
-from .quantizer import PLAIN
-
-TYPES = BY_NAME | {"int8": Dtype("int8", "I8", "", 1), "uint8": Dtype("uint8", "U8", "", 1)}
+from .quantizer import PLAIN, TYPES
 
 
 @dataclass
@@ -99,7 +97,7 @@ class WeightsFile:
     rows: list[Row]
     layout: SafetensorsLayout
     offsets: dict[str, int]  # by tensor
-    largest: int  # bytes that a row becomes
+    largest: int  # bytes that a weight becomes which is packed
 
 
 def plan_files(checkpoint: Checkpoint, quantize: str | None) -> list[WeightsFile]:
@@ -112,7 +110,8 @@ def plan_files(checkpoint: Checkpoint, quantize: str | None) -> list[WeightsFile
         tensors.sort(key=lambda tensor: num_bytes(tensor) % PAGE != 0)
         layout = SafetensorsLayout(tensors, align=PAGE)
         offsets = {tensor: offset for (tensor, *_), offset in zip(tensors, layout.offsets, strict=True)}
-        largest = max(sum(map(num_bytes, of_row)) for _, of_row in group)
+        packed = (of_row for row, of_row in group if of_row[0][0] != row.hf)
+        largest = max((sum(map(num_bytes, of_row)) for of_row in packed), default=0)
         files.append(WeightsFile(name, [row for row, _ in group], layout, offsets, largest))
     return files
 
@@ -128,7 +127,7 @@ def describe(row: Row, weight: LazyTensor, quantize: str | None) -> list[tuple[s
     ]
 
 
-def kernel_of(row: Row, shape: tuple[int, ...], quantize: str | None) -> type[StorableKernel] | None:
+def kernel_of(row: Row, shape: tuple[int, ...], quantize: str | None) -> type[Kernel] | None:
     """Return the kernel of a weight, or None where it is read as it is."""
     if len(shape) != 2 or row.hf == EMBEDDING.hf:
         return None
@@ -163,7 +162,8 @@ def write_weights(file: WeightsFile, folder: Path, checkpoint: Checkpoint, quant
 
 def lay_out(described: dict[str, torch.Tensor], memory: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return tensors such as are described, one behind the other in memory."""
-    parts = memory[: sum(tensor.nbytes for tensor in described.values())].split([t.nbytes for t in described.values()])
+    sizes = [tensor.nbytes for tensor in described.values()]
+    parts = memory[: sum(sizes)].split(sizes)
     return {
         key: part.view(tensor.dtype).view(tensor.shape)
         for (key, tensor), part in zip(described.items(), parts, strict=True)

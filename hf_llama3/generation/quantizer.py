@@ -9,9 +9,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_llama3.conversion.hf_config import PACKED
+from hf_llama3.conversion.storage import BY_NAME, Dtype
 from hf_llama3.errors import UserError
 
 PLAIN = "bfloat16"  # weights that are exact
+TYPES = BY_NAME | {"int8": Dtype("int8", "I8", "", 1), "uint8": Dtype("uint8", "U8", "", 1)}  # of what is stored
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -97,8 +99,7 @@ class PackedQuantizer(HfQuantizer):
 
 def describe_files(paths) -> dict[str, tuple[str, list[int]]]:
     """Return type and shape of every tensor in files, by name."""
-    names = {"BF16": "bfloat16", "F32": "float32", "I8": "int8", "U8": "uint8"}
-    found = {}
+    names, found = {dtype.safetensors: name for name, dtype in TYPES.items()}, {}
     for path in paths:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
