@@ -11,8 +11,8 @@ from .kernels import Kernel, row_blocks
 
 BLOCK = 64  # output features that torch packs together
 GROUP = 32  # input features per scale: 128 or 64 read less, 32 loses least
-SPELLED_AT_A_TIME = 512  # output features: few enough to stay in a processor's caches
-LARGEST_BATCH = 32  # rows above which torch's routine, made for few, is slower than to spell out the weight
+SPELLED_AT_A_TIME = 2**21  # elements: few enough to stay in a processor's caches
+LARGEST_BATCH = 48  # rows above which torch's routine, made for few, is slower than to spell out the weight
 
 
 class Order(NamedTuple):
@@ -61,7 +61,7 @@ class Int4Kernel(Kernel):
     def take(self, stored: dict[str, torch.Tensor]):
         self.packed, self.scales_and_middles = stored["weight_int4"], stored["weight_scale_and_middle"]
         if order_here() != STORED:
-            self.packed = torch._convert_weight_to_int4pack_for_cpu(unpack(self.packed, STORED).int(), 1)
+            self.packed = torch._convert_weight_to_int4pack_for_cpu(unpack(self.packed, STORED).T.int(), 1)
         self.num_bytes = self.packed.nbytes + self.scales_and_middles.nbytes
         self.multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
@@ -70,19 +70,32 @@ class Int4Kernel(Kernel):
         if len(rows) <= LARGEST_BATCH or order is None:
             y = self.multiply(rows, self.packed, GROUP, self.scales_and_middles)  # (N, O)
         else:
-            starts = range(0, self.shape[0], SPELLED_AT_A_TIME)
-            y = torch.cat([rows @ self.spell_out(start, start + SPELLED_AT_A_TIME, order) for start in starts], 1)
+            y = self.multiply_spelled_out(rows, order)
         y = y.to(x.dtype) if bias is None else y.to(x.dtype) + bias
         return y.view(*x.shape[:-1], self.shape[0])
 
-    def spell_out(self, start: int, end: int, order: Order) -> torch.Tensor:
-        """Return the output features from `start` to `end`, multiples of 64, as a plain matrix (I, end - start)."""
-        levels = unpack_blocks(self.packed[start:end], order).view(torch.int8).sub_(8)  # (B, I, block)
-        levels = levels.unflatten(1, (-1, GROUP))  # (B, I / G, G, block)
-        scales_and_middles = self.scales_and_middles[:, start:end].unflatten(1, (-1, order.block))
-        scales, middles = scales_and_middles.permute(3, 1, 0, 2).unsqueeze(3).contiguous()  # (B, I / G, 1, block)
-        blocks = torch.addcmul(middles, levels.bfloat16(), scales)
-        return blocks.permute(1, 2, 0, 3).reshape(self.shape[1], -1)
+    def multiply_spelled_out(self, rows: torch.Tensor, order: Order) -> torch.Tensor:
+        """Multiply rows (N, I) by plain output features, which take turns in one memory: to fill fresh takes longer."""
+        out_features, in_features = self.shape
+        step = min(max(SPELLED_AT_A_TIME // in_features // BLOCK, 1) * BLOCK, out_features)
+        levels = torch.empty(step * in_features, dtype=torch.uint8)
+        weight = torch.empty(step * in_features, dtype=torch.bfloat16)
+        y = rows.new_empty(len(rows), out_features)
+        for start in range(0, out_features, step):
+            end = min(start + step, out_features)
+            y[:, start:end] = rows @ self.spell_out(start, end, order, levels, weight)
+        return y
+
+    def spell_out(self, start: int, end: int, order: Order, levels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return the output features from `start` to `end`, multiples of 64, as a plain matrix (I, end - start).
+
+        It lies in the memory of `weight`, its levels in that of `levels`.
+        """
+        levels = unpack(self.packed[start:end], order, levels).view(torch.int8).sub_(8)
+        levels = levels.unflatten(0, (-1, GROUP))  # (I / G, G, O)
+        scales, middles = self.scales_and_middles[:, start:end].permute(2, 0, 1).unsqueeze(2).contiguous()
+        weight = weight[: levels.numel()].view(levels.shape).copy_(levels)
+        return torch.addcmul(middles, weight, scales, out=weight).flatten(0, 1)
 
 
 def pack(levels: torch.Tensor) -> torch.Tensor:
@@ -92,15 +105,11 @@ def pack(levels: torch.Tensor) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(len(levels), -1)
 
 
-def unpack(packed: torch.Tensor, order: Order) -> torch.Tensor:
-    """Return the levels 0 to 15 (O, I), in uint8, of what lies in an order: (O, I / 2)."""
-    return unpack_blocks(packed, order).transpose(1, 2).flatten(0, 1)
-
-
-def unpack_blocks(packed: torch.Tensor, order: Order) -> torch.Tensor:
-    """Return levels as they lie: for each block all input features of its output features, (B, I, block)."""
-    pairs = packed.view(-1, 2 * packed.shape[1], order.block // 2 // order.apart, order.apart)
-    return torch.stack([pairs & 15, pairs >> 4], 3).flatten(2)
+def unpack(packed: torch.Tensor, order: Order, memory: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the levels 0 to 15 (I, O), in uint8, of what lies in an order: (O, I / 2)."""
+    pairs = packed.view(-1, 2 * packed.shape[1], order.block // 2 // order.apart, order.apart).transpose(0, 1)
+    out = memory if memory is None else memory[: 2 * pairs.numel()].view(*pairs.shape[:3], 2, order.apart)
+    return torch.stack([pairs & 15, pairs >> 4], 3, out=out).flatten(1)
 
 
 @functools.cache
@@ -108,4 +117,4 @@ def order_here() -> Order | None:
     """Return the order that torch's routine reads on this processor, if it is one of those known."""
     levels = torch.randint(16, (2 * BLOCK, GROUP), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     packed = torch._convert_weight_to_int4pack_for_cpu(levels, 1)
-    return next((order for order in ORDERS if torch.equal(unpack(packed, order).int(), levels)), None)
+    return next((order for order in ORDERS if torch.equal(unpack(packed, order).T.int(), levels)), None)
