@@ -6,10 +6,14 @@ A kernel is made from a plain weight (O, I), keeps it in the order of memory tha
 
 # Shapes: O output features, I input features
 
+import ctypes
+import sys
+
 import torch
 
 from . import onednn
 
+POPULATE_READ = 22  # MADV_POPULATE_READ; a kernel before Linux 5.14 refuses, and nothing is lost
 QUANTIZED_AT_A_TIME = 2**17  # elements of a weight, in float32: few enough to stay in a processor's cache
 
 
@@ -45,6 +49,8 @@ class Kernel:
         """Make a kernel of what `encode` made of a weight of this shape, for outputs of a type."""
         kernel = cls.__new__(cls)
         kernel.shape, kernel.dtype = shape, dtype
+        for tensor in stored.values():
+            map_all(tensor)
         kernel.take(stored)
         return kernel
 
@@ -100,6 +106,14 @@ class DenseKernel(Kernel):
     def to_dense(self) -> torch.Tensor:
         """Return the weight (O, I), bit for bit."""
         return torch.cat([part.to_dense() for part in self.parts])
+
+
+def map_all(tensor: torch.Tensor):
+    """Have the system map all pages of a tensor that lies in a file, at once rather than each when it is read."""
+    if sys.platform == "linux":
+        start = tensor.data_ptr() // onednn.PAGE * onednn.PAGE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), POPULATE_READ)
 
 
 def row_blocks(weight: torch.Tensor) -> list[slice]:

@@ -12,7 +12,6 @@ weight is divided into parts.
 import ctypes
 import functools
 import math
-import sys
 import weakref
 from pathlib import Path
 
@@ -23,7 +22,6 @@ BLOCK = 64  # output features
 UNIT = 4  # bytes of an output feature
 PAGE = 4096  # bytes
 AT_MOST_ROWS = 2**14  # output features of a part, if a weight can be divided so
-POPULATE_READ = 22  # MADV_POPULATE_READ; a kernel before Linux 5.14 refuses, and nothing is lost
 OPAQUE_LAYOUT = 3  # of torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h): memory that oneDNN describes
 KNOWN = weakref.WeakValueDictionary()  # (type, shape) -> a packed weight that is its image
 UNKNOWN = set()  # (type, shape) of weights that this processor has in another order
@@ -168,8 +166,6 @@ def adopt(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor | None:
         return None
     packed = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(new_capsule(handle, None, None))
     packed.part = part  # lives as long
-    if sys.platform == "linux":  # what is mapped from a file is read now, and at once rather than a page at a time
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(part.data_ptr()), ctypes.c_size_t(part.nbytes), POPULATE_READ)
     return packed
 
 
