@@ -4,10 +4,10 @@
 below is imported when it is used.
 """
 
-import importlib
 import os
 from importlib.metadata import version
 
+from .lazy import on_use
 from .registration import register
 
 # By this torch begins tensors of 2 MB and more where a page does and asks for huge pages: an optimised model takes up
@@ -31,14 +31,7 @@ _SUBPACKAGES = ("conversion", "generation", "model_card", "training")
 
 __version__ = version("hf_llama3")
 __all__ = [*_HOMES, "__version__"]
-
-
-def __getattr__(name):
-    if name in _HOMES:
-        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_use(__name__, _HOMES, _SUBPACKAGES)
 
 
 def __dir__():

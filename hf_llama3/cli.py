@@ -3,6 +3,8 @@
 Exit codes: 0 done, 1 a check said no, 2 a user's error in one sentence, 130 Ctrl-C.
 """
 
+import atexit
+import gc
 import json
 import os
 import sys
@@ -62,6 +64,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document 
 
 
 def main():
+    atexit.register(gc.freeze)  # or Python would search all that was imported for garbage at its end, for a second
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its number
@@ -357,7 +360,7 @@ def generate(
     """Complete a prompt, or each line of a file; on several devices by --device-map, or torchrun and --parallel."""
     if (prompt is None) == (prompts is None):
         raise UserError("give either a prompt or --prompts with a file")
-    from .generation.loading import load_model
+    from .generation import load_model
     from .generation.parallel import join
     from .generation.placement import offload_into
     from .generation.prompts import Job, check_paths, complete, complete_into

@@ -79,6 +79,15 @@ def test_light_commands_import_neither_torch_nor_transformers(command, meta, tmp
     assert result.returncode == 0, result.stderr
 
 
+def test_a_command_ends_without_a_search_for_garbage():
+    code = (
+        "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count()))\n"
+        "from hf_llama3.cli import main; sys.argv = ['hf-llama3', '--version']; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout.splitlines()[-1]) > 0
+
+
 def test_inspect(meta):
     info = json.loads(run("inspect", meta, "--json", fresh=True).stdout)
     assert (info["format"], info["num_shards"], info["dtype"], info["tied"]) == ("meta", 1, "bfloat16", False)

@@ -1,6 +1,6 @@
 """Text from a model: loading by what lies in a folder, generating fast, talking, measuring."""
 
-import importlib
+from hf_llama3.lazy import on_use
 
 _HOMES = {
     "Completion": "text",
@@ -14,9 +14,4 @@ _HOMES = {
     "evaluate": "evaluation",
 }
 __all__ = [*_HOMES]
-
-
-def __getattr__(name):
-    if name in _HOMES:
-        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_use(__name__, _HOMES)

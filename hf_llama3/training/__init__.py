@@ -1,12 +1,7 @@
 """Llama 3 from scratch, on a text: tokenizer, data and recipe."""
 
-import importlib
+from hf_llama3.lazy import on_use
 
 _HOMES = {"Settings": "settings", "TrainingReport": "recipe", "make_settings": "settings", "train": "recipe"}
 __all__ = [*_HOMES]
-
-
-def __getattr__(name):
-    if name in _HOMES:
-        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_use(__name__, _HOMES)
