@@ -24,7 +24,6 @@ from .verify import VerificationReport, verify_checkpoints
 
 WORKERS = 2  # one moves bytes while the other sums or rearranges
 MEMORY_BYTES = 700 * 10**6  # held by benchmarks/conversion.py and tests/conversion/test_memory.py
-LAST = ("config.json", "params.json")  # what makes a folder loadable
 
 
 @dataclass
@@ -171,7 +170,7 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, pr
             report.notes.append(f"the source's files have the hashes of its {CHECKLIST}")
         same_copies.result()
         small_files = small_files.result()
-    write_files(folder, dict(sorted(small_files.items(), key=lambda entry: entry[0] in LAST)))
+    write_files(folder, small_files)
     sync(folder)
     if plan.cast is not None:
         report.largest_error = plan.cast.largest_error

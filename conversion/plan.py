@@ -69,14 +69,11 @@ def plan_hf(source: Checkpoint, model_type: str, max_shard_size: str, cast: Cast
     notes = []
 
     def make_small_files():
-        small = hf_tokenizer(source, notes)
-        small["generation_config.json"] = to_json(generation_config(source.config, source.generation_config))
-        if len(files) > 1:
-            weight_map = {name: file.name for file in files for name, _ in file.tensors}
-            small[INDEX] = make_index(weight_map, sum(assembly.nbytes for _, assembly in tensors))
-        if model_type == "llama3":
-            small |= code_files()
-        return small | {"config.json": to_json(portable_config(source.config, dtype, model_type))}
+        weight_map = {name: file.name for file in files for name, _ in file.tensors}
+        nbytes = sum(assembly.nbytes for _, assembly in tensors)
+        config = portable_config(source.config, dtype, model_type)
+        small = hf_small_files(source, config, weight_map, nbytes, notes)
+        return small | (code_files() if model_type == "llama3" else {})
 
     return Plan(source, "hf", cast, files, make_small_files, notes)
 
@@ -97,9 +94,13 @@ def divide(entries: list, nbytes: Callable[..., int], limit: int) -> dict[str, l
     return {f"model-{index + 1:05d}-of-{total:05d}.safetensors": group for index, group in enumerate(groups)}
 
 
-def make_index(weight_map: dict[str, str], nbytes: int) -> bytes:
-    """Return the file that says in which of several files each tensor is."""
-    return to_json({"metadata": {"total_size": nbytes}, "weight_map": weight_map})
+def hf_small_files(source: Checkpoint, config: dict, weight_map: dict[str, str], nbytes: int, notes: list[str]):
+    """Return what lies beside the weights, by name; `weight_map` names each tensor's file, `nbytes` all have."""
+    generation = generation_config(source.config, source.generation_config)
+    small = {"config.json": to_json(config), "generation_config.json": to_json(generation)}
+    if len(set(weight_map.values())) > 1:
+        small[INDEX] = to_json({"metadata": {"total_size": nbytes}, "weight_map": weight_map})
+    return small | hf_tokenizer(source, notes)
 
 
 def plan_meta(source: Checkpoint, mp: int, cast: Cast | None) -> Plan:

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 
 from hf_llama3.errors import UserError
 
-SIGNS = ("config.json", "params.json")  # one of them tells a checkpoint; another folder is not replaced
+# One of them tells a checkpoint: they are written last, and a folder that has none is not replaced.
+SIGNS = ("config.json", "params.json")
 
 
 def check_target(source: Path, target: Path, needed: int, overwrite: bool) -> int:
@@ -144,9 +145,9 @@ def recover(target: Path):
 
 def write_files(folder: Path, files: dict[str, bytes]):
     """Write small files by their names, which may lie in a folder of their own, each whole or not at all."""
-    for name, content in files.items():
+    for name in sorted(files, key=lambda name: name in SIGNS):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_file(folder / name, content)
+        write_file(folder / name, files[name])
 
 
 def write_file(path: Path, content: bytes):

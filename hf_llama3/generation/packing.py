@@ -9,15 +9,14 @@ import torch
 
 from hf_llama3.conversion.checkpoint import Checkpoint
 from hf_llama3.conversion.convert import reserve
-from hf_llama3.conversion.hf_checkpoint import INDEX, SafetensorsLayout
-from hf_llama3.conversion.hf_config import PACKED, generation_config, portable_config
+from hf_llama3.conversion.hf_checkpoint import SafetensorsLayout
+from hf_llama3.conversion.hf_config import PACKED, portable_config
 from hf_llama3.conversion.load import LazyTensor
-from hf_llama3.conversion.manifest import byte_bar, to_json
+from hf_llama3.conversion.manifest import byte_bar
 from hf_llama3.conversion.opening import open_checkpoint
-from hf_llama3.conversion.plan import DEFAULT_SHARD_SIZE, divide, make_index, parse_size
+from hf_llama3.conversion.plan import DEFAULT_SHARD_SIZE, divide, hf_small_files, parse_size
 from hf_llama3.conversion.staging import check_target, finish, staging, sync, write_files
 from hf_llama3.conversion.storage import Dtype, write_all
-from hf_llama3.conversion.tokenizer_files import hf_tokenizer
 from hf_llama3.conversion.weights import EMBEDDING, OUTPUT, Row
 from hf_llama3.errors import UserError
 
@@ -81,8 +80,7 @@ def pack_model(
             path.unlink()  # of a run that was stopped
         for file in files:
             write_weights(file, folder, checkpoint, quantize, bar.update)
-        small = small_files(checkpoint, quantize, files, notes)
-        write_files(folder, dict(sorted(small.items(), key=lambda entry: entry[0] == "config.json")))
+        write_files(folder, small_files(checkpoint, quantize, files, notes))
         sync(folder)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     seconds = round(time.perf_counter() - started, 3)
@@ -175,9 +173,5 @@ def small_files(checkpoint: Checkpoint, quantize: str | None, files: list[Weight
     config = portable_config(checkpoint.config, checkpoint.dtype, "llama3")
     del config["auto_map"]  # the code that it names knows plain weights
     config["quantization_config"] = {"quant_method": PACKED, "weights": quantize or PLAIN}
-    generation = generation_config(checkpoint.config, checkpoint.generation_config)
-    small = hf_tokenizer(checkpoint, notes) | {"generation_config.json": to_json(generation)}
-    if len(files) > 1:
-        weight_map = {name: file.name for file in files for name in file.offsets}
-        small[INDEX] = make_index(weight_map, sum(file.layout.size for file in files))
-    return small | {"config.json": to_json(config)}
+    weight_map = {name: file.name for file in files for name in file.offsets}
+    return hf_small_files(checkpoint, config, weight_map, sum(file.layout.size for file in files), notes)

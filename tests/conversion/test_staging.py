@@ -14,7 +14,7 @@ import torch
 from checkpoints import params, write_meta
 
 from hf_llama3.conversion import convert, inspect, load_meta
-from hf_llama3.conversion.staging import lock_of
+from hf_llama3.conversion.staging import lock_of, write_files
 from hf_llama3.errors import UserError
 
 SHARDS = "60KB"  # several files
@@ -285,3 +285,10 @@ def test_the_kernel_call_can_be_missing(tmp_path, monkeypatch):
         convert(tmp_path / "meta", tmp_path / f"out{number}")
         assert contents(tmp_path / f"out{number}") == contents(tmp_path / "expected")
     assert torch.equal(load_meta(tmp_path / "meta").model.norm.weight, tensors["norm.weight"])
+
+
+def test_what_tells_a_checkpoint_is_written_last(tmp_path):
+    """So that a folder which was left half-way, and opened by its temporary name, is none to any tool."""
+    with pytest.raises(TypeError):
+        write_files(tmp_path, {"config.json": b"{}", "tokenizer.json": None})
+    assert not (tmp_path / "config.json").exists()
