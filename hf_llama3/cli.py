@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import sys
+import time
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -43,6 +44,7 @@ def one_of(*names: str) -> dict:
     return {"autocompletion": complete, "callback": check}
 
 
+SECONDS_TO_SPEAK = 20  # by which the first of several processes is as far as the others
 SETTINGS = {field.name for field in fields(Settings)}
 HUB_NAME = "owner/name on the Hub, which @revision may follow"
 ModelArgument = Annotated[str, typer.Argument(help=f"Folder of either format, or {HUB_NAME}.")]
@@ -82,7 +84,10 @@ def fail(message: str) -> int:
     """Print a user's error and return its exit code."""
     torch = sys.modules.get("torch")
     if os.environ.get("LOCAL_RANK", "0") != "0" and not (torch and torch.distributed.is_initialized()):
-        return 2  # what is wrong before processes have joined is wrong in all of them: one on each machine says so
+        # What is wrong before processes have joined is wrong in all of them: one on each machine says so. torchrun ends
+        # all at the first that ends, which must not be one of the others.
+        time.sleep(SECONDS_TO_SPEAK)
+        return 2
     process = "" if is_first_process() else f" (process {os.environ['RANK']})"
     print(f"error{process}: {message}", file=sys.stderr)
     return 2

@@ -21,7 +21,7 @@ def on_use(package: str, homes: dict[str, str], modules: tuple[str, ...] = ()):
 def import_module(package: str, module: str):
     """Import a module of a package while the garbage collector rests.
 
-    What torch and transformers make on import stays, and to search it for garbage takes a sixth of the time. It counts
+    What torch and transformers make on import stays, and to search it for garbage takes a fifth of the time. It counts
     as old afterwards, without which the next search would go through all of it.
     """
     name = f"{package}.{module}"

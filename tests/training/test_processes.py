@@ -1,6 +1,7 @@
 """Several processes: the losses of one, one folder, and one sentence where a user is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -109,6 +110,19 @@ def test_a_user_is_told_once(text, tmp_path):
         "-m", "hf_llama3", "train", "--text", text, "--output", tmp_path / "o", *OPTIONS, "--batch-size", 3
     )
     assert "must be a multiple of processes x --accumulate, got 3 and 2 x 1" in result.stderr
+
+
+def test_the_one_that_speaks_is_not_cut_off(tmp_path):
+    """torchrun ends all processes at the first that ends, which must not be one of those that say nothing."""
+    command = [sys.executable, "-m", "hf_llama3", "inspect", str(tmp_path / "nowhere")]
+    silent = subprocess.Popen(command, env=os.environ | {"RANK": "1", "LOCAL_RANK": "1"}, stderr=subprocess.PIPE)
+    try:
+        assert "nowhere" in run(*command[3:], code=2, RANK="0", LOCAL_RANK="0").stderr
+        with pytest.raises(subprocess.TimeoutExpired):
+            silent.wait(timeout=5)
+    finally:
+        silent.terminate()
+    assert silent.communicate()[1] == b""
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version(FSDP_SINCE), reason="refused as a whole, see above")
