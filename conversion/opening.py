@@ -39,9 +39,14 @@ def open_checkpoint(
         raise UserError(f"{folder} is not finished; run the command that was writing it again")
     if not (folder / "config.json").exists():
         return open_meta(folder, rope_factor, llama_version, instruct)
+    refuse_rope_factor(rope_factor, folder)
+    return open_hf(folder, llama_version, instruct)
+
+
+def refuse_rope_factor(rope_factor: float | None, folder):
+    """Raise if a factor is given for a folder that says its RoPE by itself."""
     if rope_factor is not None:
         raise UserError(f"--rope-factor is for Meta's format: the RoPE of {folder} stands in its config.json")
-    return open_hf(folder, llama_version, instruct)
 
 
 def locate(path: Path) -> Path:

@@ -11,7 +11,7 @@ import hf_llama3  # noqa: F401  (registers the type "llama3")
 from hf_llama3.conversion.hf_config import is_packed
 from hf_llama3.conversion.load import load_meta, load_meta_tokenizer
 from hf_llama3.conversion.manifest import read_json
-from hf_llama3.conversion.opening import open_checkpoint
+from hf_llama3.conversion.opening import open_checkpoint, refuse_rope_factor
 from hf_llama3.conversion.staging import is_unfinished
 from hf_llama3.errors import UserError
 
@@ -57,8 +57,8 @@ def load_model(
     if (fast or packed) and group.mode in ("tensor", "pipeline"):
         remedy = "name the plain folder" if packed else "leave out --optimize, --quantize and --compile"
         raise UserError(f"--parallel {group.mode} divides plain weights; {remedy}")
-    if packed and rope_factor is not None:
-        raise UserError(f"--rope-factor is for Meta's format: the RoPE of {name} stands in its config.json")
+    if packed:
+        refuse_rope_factor(rope_factor, name)
     if not group.is_first:
         logging.disable_progress_bar()
     if packed:
