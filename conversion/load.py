@@ -72,7 +72,10 @@ def load_meta(path, *, rope_factor: float | None = None, **kwargs) -> Llama3ForC
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", "auto")
     dtype = getattr(torch, checkpoint.dtype) if dtype == "auto" else dtype
     config, kwargs = Llama3Config.from_dict(checkpoint.config, return_unused_kwargs=True, dtype=dtype, **kwargs)
-    model = Llama3ForCausalLM.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
+    kwargs.pop("trust_remote_code", None)  # a directory of Meta's holds no code
+    model = Llama3ForCausalLM.from_pretrained(
+        None, config=config, state_dict=state_dict, trust_remote_code=False, **kwargs
+    )
     model.name_or_path = str(checkpoint.path)
     model.generation_config = GenerationConfig(**generation_config(checkpoint.config, checkpoint.generation_config))
     return model
@@ -89,7 +92,7 @@ def load_meta_tokenizer(path, *, rope_factor: float | None = None):
         raise UserError(f"{path} must hold a tokenizer.model to turn text into tokens; put Meta's there")
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), hf_tokenizer(checkpoint, notes=[]))
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
 
 def open_meta_only(path, rope_factor: float | None):

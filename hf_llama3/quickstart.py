@@ -61,7 +61,8 @@ def quickstart(output, text=None) -> None:
     say(f"   {proof.tensors} tensors equal to the bit there and back, tokenizer {proof.tokenizer}")
 
     say(f"3. Load {again} through AutoModelForCausalLM and generate")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(again), AutoTokenizer.from_pretrained(again)
+    model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(again, trust_remote_code=False)
     completion = generate_text(model, tokenizer, [PROMPT], max_new_tokens=40, temperature=0.7, top_p=0.9)[0]
     say("   " + (PROMPT + completion.text).replace("\n", "\n   "))
 

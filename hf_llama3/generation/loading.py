@@ -103,11 +103,12 @@ def is_packed_folder(name: str) -> bool:
 def read_folder(name: str, dtype: str, where: dict):
     """Load a Hugging Face folder."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise UserError(f"the tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     with loading(name):
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where).eval(), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **where)
+    return model.eval(), tokenizer
 
 
 @contextlib.contextmanager

@@ -132,7 +132,7 @@ def bytes_per_process(config: PretrainedConfig, dtype: torch.dtype, mode: str, c
     each, the remainder to the last, the embedding to the first (tied: the last as well), norm and head to the last.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
     if mode == "data":

@@ -83,7 +83,7 @@ def place(
     memory = read_memory(max_memory)
     limits = {device_name(device): int(size) for device, size in (memory or get_max_memory()).items()}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     whole = {"no_split_module_classes": sorted(model._no_split_modules)}
     if device_map != "sequential":
@@ -118,7 +118,7 @@ def config_and_dtype(checkpoint: Checkpoint) -> tuple[PretrainedConfig, torch.dt
     if checkpoint.format == "meta":
         return Llama3Config.from_dict(checkpoint.config), stored
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except Exception as error:  # the library raises what it likes
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{checkpoint.path}/config.json cannot be loaded ({reason}); mend it") from error

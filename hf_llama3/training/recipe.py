@@ -280,7 +280,9 @@ def divide_among_processes(model: Llama3ForCausalLM, output: Path, arguments: Tr
         if arguments.process_index == 0:
             model.save_pretrained(folder)
     config = DistributedConfig(fsdp_size=arguments.world_size)
-    return Llama3ForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=config)
+    return Llama3ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, distributed_config=config, trust_remote_code=False
+    )
 
 
 def draw_sample(trainer: TextTrainer, prepared, settings: Settings) -> str:

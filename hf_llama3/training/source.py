@@ -38,7 +38,7 @@ def load_source(checkpoint: Checkpoint, dropout: float) -> Llama3ForCausalLM:
         model = load_meta(checkpoint.path, dtype=torch.float32, **rates)
         model.name_or_path = model.config.name_or_path = str(checkpoint.path)  # the base that adapters name
         return model
-    return Llama3ForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, **rates)
+    return Llama3ForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, trust_remote_code=False, **rates)
 
 
 def add_adapters(model: Llama3ForCausalLM, rank: int):
