@@ -1,0 +1,1 @@
+"""Speed on a processor: what it can do, and products that suit it."""

@@ -1,0 +1,79 @@
+"""What this processor can do. Everything that depends on it asks here, and tests replace the answer."""
+
+import functools
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+# Instruction sets that decide how fast matrices are multiplied, as `torch.cpu.get_capabilities` calls them
+AVX512 = ("avx512_f", "avx512_vnni", "avx512_bf16")
+AMX = ("amx_bf16", "amx_int8")
+X86 = ("avx2", "fma3", "avx_vnni", "avx_ne_convert", *AVX512, *AMX)
+ARM = ("neon", "bf16", "i8mm", "sve")
+
+# oneDNN's limit -> the sets that it still allows (oneDNN, "CPU Dispatcher Control")
+WITHIN_LIMIT = {
+    "AVX2": ("avx2", "fma3"),
+    "AVX2_VNNI": ("avx2", "fma3", "avx_vnni"),
+    "AVX2_VNNI_2": ("avx2", "fma3", "avx_vnni", "avx_ne_convert"),
+    "AVX512_CORE": ("avx2", "fma3", "avx512_f"),
+    "AVX512_CORE_VNNI": ("avx2", "fma3", "avx512_f", "avx512_vnni"),
+    "AVX512_CORE_BF16": ("avx2", "fma3", *AVX512),
+}
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Say what a processor is and which instructions torch and oneDNN may use of it."""
+
+    name: str
+    instructions: tuple[str, ...]
+
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether bfloat16 products are instructions; where they are not, torch computes them slower than float32."""
+        return any(name in self.instructions for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
+
+    @property
+    def has_avx512(self) -> bool:
+        return "avx512_f" in self.instructions
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(self.instructions) or 'no vector instructions known'})"
+
+
+@functools.cache
+def here() -> Processor:
+    """Look at this machine, within the limits that `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` set."""
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # young: an older torch lacks it
+    found = [name for name in (*X86, *ARM) if capabilities.get(name)]
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT"):
+        found = [name for name in found if name not in (*AVX512, *AMX)]
+    allowed = WITHIN_LIMIT.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper())
+    if allowed is not None:
+        found = [name for name in found if name in allowed or name in ARM]
+    return Processor(name_here(), tuple(found))
+
+
+def name_here() -> str:
+    """Return the processor's name as the system knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine() or "unknown processor"
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads() -> int:
+    """Return how many threads torch computes with, now."""
+    import torch
+
+    return torch.get_num_threads()
