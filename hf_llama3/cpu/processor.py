@@ -29,6 +29,7 @@ class Processor:
 
     name: str
     instructions: tuple[str, ...]
+    is_held: bool = False  # to fewer instructions than it has, by the environment
 
     @property
     def multiplies_bfloat16(self) -> bool:
@@ -36,8 +37,24 @@ class Processor:
         return any(name in self.instructions for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
 
     @property
-    def has_avx512(self) -> bool:
-        return "avx512_f" in self.instructions
+    def multiplies_pairs(self) -> bool:
+        """Whether an instruction adds the products of 32 pairs of bfloat16 (x86 alone)."""
+        return "avx512_bf16" in self.instructions
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether our products are made for it: vectors with fused sums, and float16 widened by an instruction."""
+        return {"avx2", "fma3"} <= set(self.instructions) or "neon" in self.instructions
+
+    @property
+    def lanes(self) -> int:
+        """How many float32 a vector has, of two vectors where they are short."""
+        return 16 if "avx512_f" in self.instructions else 8
+
+    @property
+    def registers(self) -> int:
+        """How many such vectors fit into registers."""
+        return 16 if "avx2" in self.instructions and "avx512_f" not in self.instructions else 32
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(self.instructions) or 'no vector instructions known'})"
@@ -49,13 +66,13 @@ def here() -> Processor:
     import torch
 
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # young: an older torch lacks it
-    found = [name for name in (*X86, *ARM) if capabilities.get(name)]
+    found = has = [name for name in (*X86, *ARM) if capabilities.get(name)]
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT"):
         found = [name for name in found if name not in (*AVX512, *AMX)]
     allowed = WITHIN_LIMIT.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper())
     if allowed is not None:
         found = [name for name in found if name in allowed or name in ARM]
-    return Processor(name_here(), tuple(found))
+    return Processor(name_here(), tuple(found), is_held=found != has)
 
 
 def name_here() -> str:

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_llama3.cpu import processor
+from hf_llama3.cpu.kernels import Int4Kernel, Int8Kernel, Kernel, PlainKernel
 from hf_llama3.errors import UserError
 
 from .cache import grow_caches
 from .compiled import compile_decoding
 from .defaults import QUANTIZATIONS
-from .int4 import Int4Kernel
-from .int8 import Int8Kernel
-from .kernels import DenseKernel, Kernel, can_pack
 from .packed import PackedLinear, pack, unpack
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that kernels read
 REFUSED = ("train", "_apply", "load_state_dict")  # methods that would change the weights or lead to it
 REPLACED = (  # the model gets its own, or what the library keeps on it
     *("generate", "get_compiled_call", "_prepare_static_cache", "_prepare_cache_for_generation"),
@@ -41,9 +41,9 @@ def optimize(
 ) -> PreTrainedModel:
     """Return the same model, ready to generate fast and not to be changed until `restore`.
 
-    On a CPU every linear layer multiplies by its weight in oneDNN's order, which takes the plain one's place. Outputs
-    stay within the rounding of sums in another order. On another device `compile` is what makes it faster. Any
-    transformers model will do.
+    On a CPU every linear layer multiplies by products of ours, which read its weight where it lies. Outputs stay within
+    the rounding of sums in another order. On another device `compile` is what makes it faster. Any transformers model
+    will do.
 
     Args:
         quantize: on a CPU, weights of "int8", or of "int4" (the head of int8); outputs change, and only loading brings
@@ -53,7 +53,7 @@ def optimize(
 
     Raises:
         UserError: the model has adapters, lies on several devices, is quantised already (on a GPU by other than
-            torchao), or shall be quantised on a GPU.
+            torchao), or shall be quantised on a GPU, on a processor without kernels or from another type.
     """
     done = getattr(model, "optimization", None)
     quantize = quantize or (done and done.quantize)
@@ -131,29 +131,35 @@ def check(model: PreTrainedModel, quantize: str | None):
         raise UserError(
             f"`quantize` is for a CPU, got {quantize!r} for a model on {model.device}; load it with a TorchAoConfig"
         )
+    if quantize and not processor.here().has_kernels:
+        raise UserError(
+            f"`quantize` needs a processor with AVX2 and FMA, or NEON, got {processor.here()}; leave it out"
+        )
+    if quantize and model.dtype not in DTYPES:
+        raise UserError(f"weights to quantise must be float32, float16 or bfloat16, got {model.dtype}; cast the model")
 
 
 def pack_linears(model: PreTrainedModel, quantize: str | None):
-    """Hand the weight of every linear layer to a kernel, one after another."""
+    """Give every linear layer a kernel that multiplies by its weight."""
     holders = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    head = model.get_output_embeddings()
-    skipped = Counter()
+    head, skipped = model.get_output_embeddings(), Counter()
     for module in [module for module in model.modules() if type(module) is nn.Linear]:
-        kernel = choose_kernel(module.weight.shape, quantize, is_head=module is head)
-        if module.weight.device.type != "cpu" or not can_pack(module.weight.dtype):
-            skipped[f"{module.weight.dtype} on {module.weight.device.type}".removeprefix("torch.")] += 1
+        weight = module.weight
+        if weight.device.type != "cpu" or weight.dtype not in DTYPES or not processor.here().has_kernels:
+            skipped[f"{weight.dtype} on {weight.device.type}".removeprefix("torch.")] += 1
         else:
-            pack(module, kernel(module.weight), keeps_weight=holders[id(module.weight)] > 1)
+            kernel = choose_kernel(quantize, is_head=module is head)
+            pack(module, kernel(weight), keeps_weight=holders[id(weight)] > 1)
     if skipped:
         which = ", ".join(f"{count} of {kind}" for kind, count in skipped.items())
         warnings.warn(f"linear layers that have no faster kernel here were left as they are: {which}", stacklevel=3)
 
 
-def choose_kernel(shape: tuple[int, int], quantize: str | None, is_head: bool) -> type[Kernel]:
-    """Return the kernel for a weight (O, I); of int4 the head, in which every error is a logit's, gets int8."""
-    if quantize == "int4" and not is_head and Int4Kernel.takes(shape):
-        return Int4Kernel
-    return Int8Kernel if quantize else DenseKernel
+def choose_kernel(quantize: str | None, is_head: bool) -> type[Kernel]:
+    """Return the kernel for a weight; of int4 the head, in which every error is a logit's, gets int8."""
+    if quantize is None:
+        return PlainKernel
+    return Int4Kernel if quantize == "int4" and not is_head else Int8Kernel
 
 
 def refuse_changes(model: PreTrainedModel):

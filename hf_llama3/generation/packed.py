@@ -1,4 +1,4 @@
-"""Linear layers whose weight lies in a kernel's own order, and the parameter that stands for it meanwhile."""
+"""Linear layers that multiply by a kernel, and the parameter that stands for a weight that is quantised."""
 
 import itertools
 import weakref
@@ -7,6 +7,7 @@ import torch
 from torch import library, nn
 from torch.utils._pytree import tree_map_only
 
+from hf_llama3.cpu.kernels import Kernel
 from hf_llama3.errors import UserError
 
 KERNELS = weakref.WeakValueDictionary()  # number -> kernel, as compiled code knows it
@@ -14,8 +15,8 @@ NUMBERS = itertools.count()
 CHANGED = "the weights of an optimised model must stay as they are; call hf_llama3.restore before they are changed"
 
 
-class PackedWeight(torch.Tensor):
-    """Stand for a weight that a kernel holds: to read it gives the plain values, to write to it is refused."""
+class QuantizedWeight(torch.Tensor):
+    """Stand for a weight that is quantised: it has its shape and type, and neither can be read nor written."""
 
     @staticmethod
     def __new__(cls, kernel):
@@ -30,19 +31,18 @@ class PackedWeight(torch.Tensor):
             return cls(args[0].kernel)
         if function._schema.is_mutable and isinstance(args[0], cls):
             raise UserError(CHANGED)
-        args, kwargs = tree_map_only(cls, lambda weight: weight.to_plain(), (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-    def to_plain(self) -> torch.Tensor:
-        if not self.kernel.is_exact:
-            raise UserError("a quantised weight cannot be read, for it is not the model's; load the model again")
-        return self.kernel.to_dense()
+        tree_map_only(cls, refuse_reading, (args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo):
-        return nn.Parameter(PackedWeight(self.kernel), requires_grad=False)
+        return nn.Parameter(QuantizedWeight(self.kernel), requires_grad=False)
 
     def __repr__(self, **kwargs):
-        return f"PackedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
+        return f"QuantizedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def refuse_reading(*_):
+    raise UserError("a quantised weight cannot be read, for it is not the model's; load the model again")
 
 
 class PackedLinear(nn.Linear):
@@ -66,27 +66,29 @@ class PackedLinear(nn.Linear):
             self.version = self.weight._version  # a copy's count starts again
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if isinstance(self.weight, QuantizedWeight):
+            refuse_reading()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if isinstance(self.weight, PackedWeight):
-            destination[prefix + "weight"] = self.weight.to_plain()
 
 
-def pack(linear: nn.Linear, kernel, keeps_weight: bool):
-    """Let a module multiply by a kernel of its weight; `keeps_weight` where another module has the same parameter."""
+def pack(linear: nn.Linear, kernel: Kernel, keeps_weight: bool):
+    """Let a module multiply by a kernel of its weight.
+
+    An exact kernel reads the weight where it is. A quantised one takes its place, unless the module `keeps_weight` for
+    another that has the same parameter.
+    """
     linear.kernel, linear.number, linear.version = kernel, next(NUMBERS), None
     KERNELS[linear.number] = kernel
-    if not keeps_weight:
-        linear.weight = nn.Parameter(PackedWeight(kernel), requires_grad=False)
-    elif not linear.weight.is_inference():
+    if not kernel.is_exact and not keeps_weight:
+        linear.weight = nn.Parameter(QuantizedWeight(kernel), requires_grad=False)
+    elif not kernel.is_exact and not linear.weight.is_inference():
         linear.version = linear.weight._version
     linear.__class__ = PackedLinear
 
 
 def unpack(linear: PackedLinear):
-    """Undo `pack`."""
+    """Undo `pack` of an exact kernel."""
     linear.__class__ = nn.Linear
-    if isinstance(linear.weight, PackedWeight):
-        linear.weight = nn.Parameter(linear.weight.to_plain(), requires_grad=False)
     del linear.kernel, linear.number, linear.version
 
 

@@ -18,13 +18,14 @@ from hf_llama3.conversion.plan import DEFAULT_SHARD_SIZE, divide, hf_small_files
 from hf_llama3.conversion.staging import check_target, finish, staging, sync, write_files
 from hf_llama3.conversion.storage import Dtype, write_all
 from hf_llama3.conversion.weights import EMBEDDING, OUTPUT, Row
+from hf_llama3.cpu.kernels import Kernel
 from hf_llama3.errors import UserError
 
 from .defaults import QUANTIZATIONS
-from .kernels import Kernel
-from .onednn import PAGE
 from .optimization import choose_kernel
-from .quantizer import PLAIN, TYPES
+from .quantizer import FORMAT, PLAIN, TYPES
+
+PAGE = 4096  # bytes, at whose multiples tensors begin in a file
 
 
 @dataclass
@@ -127,9 +128,9 @@ def describe(row: Row, weight: LazyTensor, quantize: str | None) -> list[tuple[s
 
 def kernel_of(row: Row, shape: tuple[int, ...], quantize: str | None) -> type[Kernel] | None:
     """Return the kernel of a weight, or None where it is read as it is."""
-    if len(shape) != 2 or row.hf == EMBEDDING.hf:
+    if quantize is None or len(shape) != 2 or row.hf == EMBEDDING.hf:
         return None
-    return choose_kernel(shape, quantize, is_head=row.hf == OUTPUT.hf)
+    return choose_kernel(quantize, is_head=row.hf == OUTPUT.hf)
 
 
 def num_bytes(tensor: tuple[str, Dtype, tuple[int, ...]]) -> int:
@@ -172,6 +173,6 @@ def small_files(checkpoint: Checkpoint, quantize: str | None, files: list[Weight
     """Return the other files, by name; the type is ours, so that where we are unknown loading ends with an error."""
     config = portable_config(checkpoint.config, checkpoint.dtype, "llama3")
     del config["auto_map"]  # the code that it names knows plain weights
-    config["quantization_config"] = {"quant_method": PACKED, "weights": quantize or PLAIN}
+    config["quantization_config"] = {"quant_method": PACKED, "weights": quantize or PLAIN, "format": FORMAT}
     weight_map = {name: file.name for file in files for name in file.offsets}
     return hf_small_files(checkpoint, config, weight_map, sum(file.layout.size for file in files), notes)

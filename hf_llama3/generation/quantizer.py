@@ -13,15 +13,17 @@ from hf_llama3.conversion.storage import BY_NAME, Dtype
 from hf_llama3.errors import UserError
 
 PLAIN = "bfloat16"  # weights that are exact
+FORMAT = 2  # of packed folders; the first had an order of memory that only some processors read
 TYPES = BY_NAME | {"int8": Dtype("int8", "I8", "", 1), "uint8": Dtype("uint8", "U8", "", 1)}  # of what is stored
 
 
 class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed folder: whether its weights are "bfloat16", "int8" or "int4"."""
 
-    def __init__(self, weights: str, **others):
+    def __init__(self, weights: str, format: int = 1, **others):
         self.quant_method = PACKED
         self.weights = weights
+        self.format = format
 
 
 class PackedQuantizer(HfQuantizer):
@@ -30,20 +32,23 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True  # a plain model is not packed on the way; `hf_llama3.optimize` does that
 
     def validate_environment(self, *args, device_map=None, **kwargs):
+        if self.quantization_config.format != FORMAT:
+            found = self.quantization_config.format
+            raise UserError(f"packed folders must have format {FORMAT}, got {found}; run hf-llama3 pack again")
         places = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
         if others := {str(place) for place in places} - {"cpu"}:
             raise UserError(f"a packed folder is for a CPU, got device_map {sorted(others)}; load the plain checkpoint")
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         """Give every linear layer of which the files hold packed tensors a place for these."""
-        from .kernels import can_pack
+        from hf_llama3.cpu import processor
 
         weights = self.quantization_config.weights
         dtype = str(model.dtype).removeprefix("torch.")
         if weights == PLAIN and dtype != PLAIN:
             raise UserError(f"the packed weights are {PLAIN}, got dtype {dtype}; leave it out or load the plain folder")
-        if not can_pack(model.dtype):
-            raise UserError(f"this processor has no kernel for packed weights and dtype {dtype}; load the plain folder")
+        if not processor.here().has_kernels:
+            raise UserError(f"packed weights need a processor with AVX2 and FMA, or NEON, got {processor.here()}")
         stored = describe_files(checkpoint_files or [])
         self.kernels = {}
         for name, module in model.named_modules():
@@ -56,13 +61,9 @@ class PackedQuantizer(HfQuantizer):
 
     def find_kernel(self, model, name: str, module: nn.Linear, stored: dict):
         """Return the class of kernel whose tensors the files hold, which must all be there as it describes them."""
-        from .int4 import Int4Kernel
-        from .int8 import Int8Kernel
-        from .kernels import DenseKernel
+        from hf_llama3.cpu.kernels import Int4Kernel, Int8Kernel
 
-        for kernel in (DenseKernel, Int8Kernel, Int4Kernel):
-            if kernel is Int4Kernel and not Int4Kernel.takes(module.weight.shape):
-                continue
+        for kernel in (Int8Kernel, Int4Kernel):
             expected = {f"{name}.{key}": tensor for key, tensor in kernel.describe(tuple(module.weight.shape)).items()}
             found = {key: stored.get(key) or stored.get(f"{model.base_model_prefix}.{key}") for key in expected}
             if not any(found.values()):

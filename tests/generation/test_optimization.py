@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hf_llama3
+from hf_llama3.cpu import processor
+from hf_llama3.cpu.processor import Processor
 from hf_llama3.errors import UserError
 from hf_llama3.generation import optimization
 from hf_llama3.generation.packed import PackedLinear
@@ -119,9 +121,6 @@ def test_a_copy_is_as_good(model):
         lambda model: model.to("meta"),
         lambda model: model.model.layers[1].mlp.to(torch.float64),
         lambda model: model.load_state_dict({}),
-        lambda model: model.model.layers[0].mlp.up_proj.weight.mul_(2),
-        lambda model: model.model.layers[0].mlp.up_proj.weight.data.zero_(),
-        lambda model: nn.init.normal_(model.model.layers[0].mlp.up_proj.weight),
         lambda model: setattr(model.lm_head, "weight", nn.Parameter(torch.zeros(512, 128))),
     ],
 )  # fmt: skip
@@ -133,10 +132,30 @@ def test_changes_are_refused(change, model):
     assert torch.equal(logits(model), theirs)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.model.layers[0].mlp.up_proj.weight.mul_(2),
+        lambda model: model.model.layers[0].mlp.up_proj.weight.data.zero_(),
+        lambda model: nn.init.ones_(model.model.layers[0].mlp.up_proj.weight),
+        lambda model: model.model.embed_tokens.weight.mul_(2),
+    ],
+)  # fmt: skip
+def test_changes_in_place_are_followed(change, model):
+    """An exact weight is read where it lies, so that what is written there counts."""
+    plain = copy.deepcopy(model)
+    before = logits(hf_llama3.optimize(model))
+    with torch.no_grad():
+        change(plain)
+        change(model)
+    assert not torch.equal(logits(model), before)
+    torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=1e-5 * float(before.abs().max()))
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_changed_embedding_is_noticed(kind):
-    """The head shares it."""
-    model = hf_llama3.optimize(make_model(kind))
+    """The head has what was quantised of it."""
+    model = hf_llama3.optimize(make_model(kind), quantize="int8")
     with torch.no_grad():
         model.model.embed_tokens.weight[5] = 1.0
     with pytest.raises(UserError, match=r"must stay as they are; call hf_llama3\.restore before"):
@@ -212,7 +231,7 @@ def test_no_kernel_for_a_type():
 
 
 def test_no_kernel_at_all(monkeypatch):
-    monkeypatch.setattr(optimization, "can_pack", lambda dtype: False)
+    monkeypatch.setattr(processor, "here", lambda: Processor("Old Chip", ()))
     with pytest.warns(UserWarning, match="15 of float32 on cpu"):
         hf_llama3.optimize(make_model())
 

@@ -12,15 +12,14 @@ import torch
 from command_line import refuse, run
 from safetensors.torch import load_file, save_file
 from small import CLASSES, logits, make_model, prompts
-from test_onednn import with_order
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_llama3
+from hf_llama3.cpu import processor
+from hf_llama3.cpu.kernels import Int4Kernel, Int8Kernel, PlainKernel
+from hf_llama3.cpu.processor import Processor
 from hf_llama3.errors import UserError
-from hf_llama3.generation import kernels, packing
-from hf_llama3.generation.int4 import Int4Kernel
-from hf_llama3.generation.int8 import Int8Kernel
-from hf_llama3.generation.kernels import DenseKernel
+from hf_llama3.generation import packing
 from hf_llama3.generation.loading import load_model
 from hf_llama3.generation.packed import PackedLinear
 from hf_llama3.generation.parallel import Group
@@ -64,7 +63,7 @@ def test_it_is_what_optimize_makes(source, packed):
     assert torch.equal(loaded.generate(prompts(), max_new_tokens=10), made.generate(prompts(), max_new_tokens=10))
     kernels = [[type(m.kernel) for m in model.modules() if type(m) is PackedLinear] for model in (made, loaded)]
     assert kernels[0] == kernels[1] and len(kernels[1]) == 15
-    assert {None: DenseKernel, "int8": Int8Kernel, "int4": Int4Kernel}[quantize] in kernels[1]
+    assert {None: PlainKernel, "int8": Int8Kernel, "int4": Int4Kernel}[quantize] in kernels[1]
     assert loaded.optimization.quantize == quantize and not loaded.training
     assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in made.named_parameters()]
     assert loaded.num_parameters() == made.num_parameters() and not list(loaded.buffers(recurse=False))
@@ -90,7 +89,7 @@ def test_exact_weights_can_be_had_back(source, packed, tmp_path):
     restored.train()(input_ids=prompts(), labels=prompts()).loss.backward()
 
 
-@with_order
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what lies in files")
 def test_weights_stay_in_the_file(packed):
     """What a kernel reads are pages of the file."""
     _, folder = packed
@@ -100,11 +99,7 @@ def test_weights_stay_in_the_file(packed):
         if line.endswith(str(folder / "model.safetensors")):
             ranges.append([int(address, 16) for address in line.split()[0].split("-")])
     for module in (module for module in model.modules() if type(module) is PackedLinear):
-        if type(module.kernel) is Int4Kernel:
-            addresses = [module.kernel.packed.data_ptr()]
-        else:
-            parts = [part if type(module.kernel) is DenseKernel else part[0] for part in module.kernel.parts]
-            addresses = [torch.ops.mkldnn.data_ptr(part) for part in parts]
+        addresses = [tensor.data_ptr() for tensor in module.kernel.stored.values()]
         assert all(any(start <= address < end for start, end in ranges) for address in addresses)
 
 
@@ -228,19 +223,18 @@ def damage(folder, target, change):
 @pytest.mark.parametrize("what", ["missing", "shape", "type"])
 def test_damaged(what, packed, tmp_path):
     quantize, folder = packed
-    kind = quantize or "bfloat16"
-    name = f"model.layers.1.mlp.up_proj.weight_{kind}"
+    if quantize is None:
+        return  # weights that are exact are those of a plain folder
+    name = f"model.layers.1.mlp.up_proj.weight_{quantize}"
 
     def change(tensors):
         if what == "missing":
-            del tensors[name.removesuffix(kind) + "scale" + ("_and_middle" if quantize == "int4" else "")]
+            del tensors[name.removesuffix(quantize) + "scale" + ("_and_minimum" if quantize == "int4" else "")]
         elif what == "shape":
             tensors[name] = tensors[name][:, :-32].contiguous()
         else:
             tensors[name] = tensors[name].to(torch.float32)
 
-    if what == "missing" and quantize is None:
-        return  # one tensor is all there is
     damage(folder, tmp_path / "damaged", change)
     message = refuse("generate", tmp_path / "damaged", "abc")
     assert re.search(r"model.layers.1.mlp.up_proj.weight_\S+ of a packed folder must be .*; pack it again", message)
@@ -284,6 +278,20 @@ def test_an_interrupted_run_leaves_nothing_that_loads(source, tmp_path, monkeypa
 @int8_only
 def test_processor_without_a_kernel(packed, monkeypatch):
     _, folder = packed
-    monkeypatch.setattr(kernels, "can_pack", lambda dtype: False)
-    with pytest.raises(UserError, match="no kernel for packed weights and dtype bfloat16; load the plain folder"):
+    monkeypatch.setattr(processor, "here", lambda: Processor("Old Chip", ()))
+    with pytest.raises(UserError, match="packed weights need a processor with AVX2 and FMA, or NEON, got Old Chip"):
         load(folder)
+
+
+@tied_only
+def test_folders_of_the_first_format(packed, tmp_path):
+    """Their weights lay as one kind of processor reads them; the folder's configuration says nothing of a format."""
+    _, folder = packed
+    shutil.copytree(folder, tmp_path / "old")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["format"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    message = "packed folders must have format 2, got 1; run hf-llama3 pack again"
+    assert message in refuse("generate", tmp_path / "old", "abc")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "old")
