@@ -1,12 +1,12 @@
 """Muon for the matrices between the layers, AdamW for everything else, as one optimiser.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest
-orthogonal matrix. It learns much more from few steps than AdamW, and is not meant for embeddings, norms and biases.
+Muon learns much more from few steps than AdamW, and is not meant for embeddings, norms and biases.
 """
 
 import torch
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
+from .muon import Muon
 from .settings import Settings
 
 EMBEDDINGS = ("embed_tokens", "lm_head")

@@ -28,7 +28,7 @@ def alone(text, tmp_path_factory):
 
 @pytest.mark.parametrize("way", [[], ["--fsdp"]], ids=["DDP", "FSDP2"])
 def test_two_processes_are_as_one(way, alone, text, tmp_path):
-    """Each with half of every step's windows; Muon rounds in bfloat16, which magnifies float32's differences."""
+    """Each with half of every step's windows; where Muon rounds in bfloat16, it magnifies float32's differences."""
     result = torchrun("-m", "hf_llama3", "train", "--text", text, "--output", tmp_path / "out", *OPTIONS, *way)
     if way and Version(transformers.__version__) < Version(FSDP_SINCE):
         assert f"--fsdp needs transformers {FSDP_SINCE} or newer, got {transformers.__version__}" in result.stderr
