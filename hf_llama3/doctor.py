@@ -9,6 +9,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from .cpu import processor
 from .errors import without_password
 
 PACKAGE = "hf_llama3"
@@ -19,7 +20,6 @@ EXTRAS = {
     "llama2": "tokenizers of Llama 2 and Code Llama",
     "peft": "adapters: train --lora",
 }
-INSTRUCTIONS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "neon", "bf16", "i8mm", "sve")
 
 
 @dataclass
@@ -56,7 +56,8 @@ class Report:
             lines[f"device {index}"] = f"{device['kind']}, {device['name']}, {free_of(device)}"
         if not self.devices:
             lines["device"] = "none beside the CPU"
-        lines["CPU"] = f"{self.cpu['cores']} cores, {self.cpu['threads'] or 'unknown'} threads of torch"
+        threads = f"{self.cpu['threads'] or 'unknown'} threads of torch"
+        lines["CPU"] = f"{self.cpu['name']}, {self.cpu['cores']} cores, {threads}"
         lines["instructions"] = ", ".join(self.cpu["instructions"]) or "unknown"
         lines["memory"] = free_of(self.memory)
         lines |= {f"disk, {place}": f"{free_of(disk)}, {disk['path']}" for place, disk in self.disk.items()}
@@ -136,16 +137,11 @@ def examine_devices(torch) -> list[dict]:
 
 
 def examine_cpu(torch) -> dict:
-    """Say what torch sees of the processor; of its instructions those that multiply matrices."""
-    found = {"cores": os.cpu_count(), "threads": None, "instructions": []}
+    """Say what the processor is; what torch may use of it only where torch is there."""
+    found = {"name": processor.name_here(), "cores": processor.cores(), "threads": None, "instructions": []}
     if torch is None:
         return found
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # young: not every torch that we take may have it
-    return found | {
-        "threads": torch.get_num_threads(),
-        "instructions": [name for name in INSTRUCTIONS if capabilities.get(name)]
-        or [torch.backends.cpu.get_cpu_capability()],
-    }
+    return found | {"threads": processor.threads(), "instructions": list(processor.here().instructions)}
 
 
 def examine_memory() -> dict[str, int | None]:

@@ -9,6 +9,7 @@ import torch
 from command_line import run
 from huggingface_hub import constants
 
+from hf_llama3.cpu import processor
 from hf_llama3.doctor import EXTRAS
 
 METADATA = """\
@@ -39,13 +40,16 @@ def test_what_is_here():
         assert found["versions"][name] == metadata.version(name)
     assert found["versions"].keys() == {"Python", "hf_llama3", *found["required"]}
     assert found["required"]["torch"].startswith(">=") and len(found["devices"]) == torch.accelerator.device_count()
-    assert found["cpu"]["threads"] == torch.get_num_threads() and found["cpu"]["instructions"]
+    cpu = found["cpu"]
+    assert cpu["threads"] == torch.get_num_threads() and cpu["instructions"] == list(processor.here().instructions)
     for room in (found["memory"], *found["disk"].values(), *found["devices"]):
         assert 0 < room["free"] < room["total"]
     printed = run("doctor").stdout
     table = lines(printed)
     assert table["torch"] == f"{metadata.version('torch')} (needed: {found['required']['torch']})"
     assert table["extra plot"].startswith("there (pictures") and "Problem" not in printed
+    assert table["CPU"] == f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads of torch"
+    assert cpu["name"] == processor.here().name and cpu["cores"] == processor.cores()
 
 
 def test_what_is_missing(tmp_path, monkeypatch):
@@ -72,7 +76,8 @@ def test_torch_that_cannot_be_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # importing it raises
     result = run("doctor", code=1)
     assert "Problem: torch cannot be imported (import of torch halted" in result.stdout
-    assert "unknown threads of torch" in result.stdout
+    assert f"{processor.name_here()}, {processor.cores()} cores, unknown threads of torch" in result.stdout
+    assert lines(result.stdout)["instructions"] == "unknown"
 
 
 def test_extras_are_those_of_the_package():

@@ -1,7 +1,6 @@
 """How fast a model generates, beside how fast this machine reads memory."""
 
 import itertools
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -9,6 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from hf_llama3.cpu import processor
 from hf_llama3.errors import UserError
 
 from .text import check_range
@@ -63,8 +63,8 @@ def bench(model, prompt_tokens: int = 64, new_tokens: int = 32, batch_size: int 
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         batch_size=batch_size,
-        threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name() if model.device.type == "cuda" else platform.processor() or "cpu",
+        threads=processor.threads(),
+        device=torch.cuda.get_device_name() if model.device.type == "cuda" else processor.here().name,
         weight_gigabytes=float(f"{weight / 1e9:.3g}"),
         prefill_tokens_per_second=round(batch_size * prompt_tokens / statistics.median(prefills), 1),
         milliseconds_per_token=round(step * 1e3, 2),
