@@ -6,6 +6,7 @@ resuming) is set, not written again. The folder that is left is the portable one
 
 import contextlib
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.utils import logging
 from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.conversion.params import feed_forward_size
 from hf_llama3.conversion.provenance import name_of
+from hf_llama3.cpu import processor
 from hf_llama3.errors import UserError
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 
@@ -82,7 +84,7 @@ def train(
         text: file in UTF-8, of any size; its first part trains, the rest validates.
         output: folder to make; checkpoints lie in `output/checkpoint-N` until it is finished, and after.
         resume: go on from the last checkpoint of an interrupted run of the same settings.
-        progress: show bars on standard error.
+        progress: show bars on standard error, and there, before anything is done, what makes the run slow.
 
     Raises:
         UserError: the text cannot be read or is too short, the output exists, the shape is impossible, the loss is no
@@ -95,6 +97,8 @@ def train(
         needed = f"--resume in several processes on a CPU needs transformers {RESUME_SINCE} or newer"
         raise UserError(f"{needed}, got {transformers.__version__}; upgrade it, or go on in one")
     is_first, progress = arguments.process_index == 0, progress and arguments.process_index == 0
+    if progress and (note := slow_bfloat16(arguments)):
+        print(f"Note: {note}", file=sys.stderr, flush=True)
     source = source_tokenizer = None
     if settings.source is not None:
         source, source_tokenizer = open_source(settings.source, settings.context)
@@ -247,6 +251,13 @@ def make_arguments(output: Path, settings: Settings) -> TrainingArguments:
         )
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = settings.batch_size // shares
     return arguments
+
+
+def slow_bfloat16(arguments: TrainingArguments) -> str | None:
+    """Say so where a run computes in bfloat16 and float32 is the faster."""
+    if not arguments.bf16 or arguments.device.type != "cpu" or processor.here().multiplies_bfloat16:
+        return None
+    return f"--bf16 is slower than float32 on this processor, {processor.here()}; leave it out to go faster"
 
 
 def make_config(vocabulary: dict, settings: Settings) -> Llama3Config:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_llama3.conversion import convert, inspect
+from hf_llama3.cpu import processor
 from hf_llama3.errors import UserError
 from hf_llama3.training import make_settings, train
 from hf_llama3.training import recipe as module
@@ -208,6 +210,22 @@ def test_in_bfloat16(text, tmp_path):
     ]
     theirs, ours = [[loss for _, loss in report.curves["training"]] for report in (plain, other)]
     assert ours == pytest.approx(theirs, rel=1e-2) and ours != pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("instructions", [("avx2", "fma3"), ("avx2", "avx512_f", "avx512_bf16")])
+@pytest.mark.parametrize("options", [["--bf16"], []], ids=["bf16", "plain"])
+def test_slow_bfloat16_is_said(options, instructions, text, tmp_path, monkeypatch):
+    """In one line, before anything is shown of what is done, and only where bfloat16 is asked for and is slow."""
+    for place in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(place, "is_available", lambda: False)
+    monkeypatch.setattr(processor, "here", lambda: processor.Processor("a processor", instructions))
+    small = ["--tokenizer", "char", "--layers", 1, "--hidden-size", 16, "--heads", 2, "--kv-heads", 1, "--context", 16]
+    command = ["train", "--text", text, "--output", tmp_path / "out", *small, "--steps", 1, "--batch-size", 1]
+    shown = run(*command, *options, "--validation-share", 0.01).stderr
+    note = "Note: --bf16 is slower than float32 on this processor, a processor (avx2, fma3); leave it out to go faster"
+    is_slow = bool(options) and "avx512_bf16" not in instructions
+    assert shown.count("slower") == is_slow and shown.startswith(note + "\n") == is_slow
+    assert module.slow_bfloat16(SimpleNamespace(bf16=True, device=torch.device("cuda"))) is None
 
 
 @pytest.mark.parametrize("form", ["hf", "meta", "trained here"])
