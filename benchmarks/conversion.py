@@ -6,7 +6,8 @@
 
 Random weights of the size's geometry are written in Meta's format, then every job runs once a round, each after a
 `cp -r` and `sync -f` of its source, which is as many bytes as the job writes. At most two copies of the model lie on
-the disk at once, and none at the end. Memory is the largest RssAnon of the process (Linux); ratios come last.
+the disk at once, and none at the end. Memory is the largest RssAnon of the process (Linux); the machine comes first,
+ratios last.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from machine import describe_machine
 
 from hf_llama3.conversion.manifest import to_json
 from hf_llama3.conversion.meta_checkpoint import PARAMS_FILE, TOKENIZER_FILE
@@ -53,6 +55,7 @@ def main():
     if free < 2.2 * layout.size:
         needed = f"two copies of {layout.size:,} bytes"
         sys.exit(f"{args.folder} has {free:,} bytes free, and {args.size} needs {needed}; give --folder another disk")
+    print(describe_machine(), flush=True)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="conversion-benchmark-") as folder:
         folder = Path(folder)
         print(f"writing random weights of the {args.size} geometry, {layout.size:,} bytes ...", file=sys.stderr)

@@ -4,9 +4,9 @@
     python benchmarks/parallel.py --layers 16 --dtype float32
     python benchmarks/parallel.py sizes
 
-Each process has one thread; the runs are interleaved, the ratios to one process come last. In `data` mode two processes
-complete two prompts in the time of one, in the others both work on the same prompt. On one machine the processes share
-the memory's bandwidth: what is measured is what dividing costs, and what each process holds.
+Each process has one thread; the runs are interleaved; the machine comes first, the ratios to one process last. In
+`data` mode two processes complete two prompts in the time of one, in the others both work on the same prompt. On one
+machine the processes share the memory's bandwidth: what is measured is what dividing costs, and what each one holds.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from generation import GEOMETRY
+from machine import describe_machine
 
 MODES = ("alone", "data", "tensor", "pipeline")
 LARGE = {"8B": "3.1-8B", "70B": "3.1-70B", "405B": "3.1-405B"}
@@ -43,6 +44,7 @@ def main():
     elif args.part == "run":
         run(args)
     else:
+        print(describe_machine(), flush=True)
         with tempfile.TemporaryDirectory(dir=args.folder, prefix="parallel-benchmark-") as folder:
             measure(args, Path(folder))
         print_sizes()

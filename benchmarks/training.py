@@ -8,7 +8,7 @@
 `loss` times nanoGPT's recipe for the CPU (its README: 2,000 steps of 12 x 64 characters, 4 layers of 128 channels,
 evaluations of 2 x 20 batches every 250 steps) in plain torch, runs the preset with three seeds, and once more in as
 many steps as fit into nanoGPT's time. `curve` compares the first steps of the GPU preset with a plain configuration
-(AdamW, no dropout). Ratios come last.
+(AdamW, no dropout). The machine comes first, ratios last.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from machine import describe_machine
 from torch import nn
 
 NANOGPT_LOSS, NANOGPT_STEPS, NANOGPT_EVERY = 1.92, 2000, 250
@@ -44,6 +45,7 @@ def main():
     if args.measure:
         measure_step(args.measure)
         return
+    print(describe_machine(), flush=True)
     {"loss": compare_losses, "curve": compare_curves, "speed": compare_speed, "memory": compare_memory}[args.part](args)
 
 
@@ -63,7 +65,7 @@ def run(text: Path, output: Path | None = None, **options):
 
 def compare_losses(args):
     limit = time_nanogpt(args.text)
-    print(f"nanoGPT's recipe: {limit:.0f} s on {torch.get_num_threads()} thread(s); published loss {NANOGPT_LOSS}")
+    print(f"nanoGPT's recipe: {limit:.0f} s; published loss {NANOGPT_LOSS}")
     reports = []
     for seed in range(args.seeds):
         reports.append(run(args.text, preset="shakespeare-cpu", seed=seed))
