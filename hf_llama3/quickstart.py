@@ -9,6 +9,7 @@ from pathlib import Path
 from .errors import UserError
 
 STEPS = 200
+LOOKS = 4  # at the model while it is trained: each costs as much as a few steps
 SHARDS = 2
 LICENSE = "apache-2.0"  # of the quickstart's own model; a user's is the user's to choose
 PROMPT = "The statement"
@@ -46,7 +47,7 @@ def quickstart(output, text=None) -> None:
     survey(Path(text))  # before anything is made
 
     say(f"1. Train a tokenizer and a small Llama 3 on {text}")
-    report = train(text, hf, Settings(steps=STEPS), progress=True)
+    report = train(text, hf, Settings(steps=STEPS, eval_every=STEPS // LOOKS), progress=True)
     first, last, nothing = report.first_loss, report.validation_loss, math.log(report.vocab_size)
     say(f"   {report.num_parameters:,} parameters, {report.tokens:,} tokens")
     say(f"   validation loss {first:.2f} at the start (ln {report.vocab_size} = {nothing:.2f}), now {last:.2f}")
