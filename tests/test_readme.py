@@ -36,7 +36,7 @@ def commands(block):
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     write_meta(folder / "Meta-Llama-3-8B", params(vocab=128256), tokenizer=real_tokenizer())
-    (folder / "my-text.txt").write_text(python_documentation()[:200_000], "utf-8")
+    (folder / "my-text.txt").write_text(python_documentation()[:30_000], "utf-8")
     return folder
 
 
