@@ -1,10 +1,10 @@
 """Generation against upstream and llama.cpp, every contender in a process of its own, in one interleaved run.
 
-    pip install llama-cpp-python gguf   # for llama.cpp; without them it is left out
+    pip install llama-cpp-python gguf   # for llama.cpp; without them it is left out (`kernels` takes numba, if there)
     OMP_NUM_THREADS=1 python benchmarks/generation.py --layers 4
     OMP_NUM_THREADS=1 python benchmarks/generation.py --layers 16 --contexts 64 2048 8192 --batches 1 4 16
     OMP_NUM_THREADS=1 python benchmarks/generation.py starts --layers 16
-    OMP_NUM_THREADS=1 python benchmarks/generation.py kernels
+    OMP_NUM_THREADS=1 python benchmarks/generation.py kernels --batches 1 4 16 64 512
     OMP_NUM_THREADS=1 python benchmarks/generation.py products --batches 1 16
     python benchmarks/generation.py --device cuda --geometry 8B --layers 32 --batches 1 4 16 64   # with torchao
 
@@ -15,6 +15,7 @@ machine reads memory (a GPU: copies it). Medians; ratios come last. `starts` tim
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import describe_machine
 
 GEOMETRY = {
     **{"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 16384},
@@ -36,13 +38,11 @@ SIZES = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64, "tie_word_embeddings": True},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128, "tie_word_embeddings": False},
 }
-SMALL_PAGES = {"THP_MEM_ALLOC_ENABLE": "0"}  # as torch has them without `import hf_llama3`
 CONTENDERS = {
-    "upstream": {"environment": SMALL_PAGES},
-    "upstream, static and compiled": {"stock": True, "environment": SMALL_PAGES},
+    "upstream": {},
+    "upstream, static and compiled": {"stock": True},
     "ours, plain": {},
     "ours, optimize": {"optimize": {}},
-    "ours, small pages": {"optimize": {}, "environment": SMALL_PAGES},
     "ours, compile": {"optimize": {"compile": True}},
     "ours, int8": {"optimize": {"quantize": "int8"}},
     "ours, int8, compile": {"optimize": {"quantize": "int8", "compile": True}},
@@ -68,10 +68,11 @@ CONTENDERS_ON_A_GPU = {
 RATIOS = [
     ("ours, optimize", "upstream"),
     ("ours, optimize", "llama.cpp bf16"),
-    ("ours, optimize", "ours, small pages"),
     ("ours, compile", "upstream"),
     ("ours, compile", "upstream, static and compiled"),
     ("ours, compile", "llama.cpp bf16"),
+    ("ours, int8", "upstream"),
+    ("ours, int4", "upstream"),
     ("ours, int8", "llama.cpp q8_0"),
     ("ours, int8, compile", "llama.cpp q8_0"),
     ("ours, int4", "llama.cpp q4_0"),
@@ -97,8 +98,9 @@ def main():
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part == "serve":
-        serve(args.serve, args.folder, args.device)
-    elif args.part == "kernels":
+        return serve(args.serve, args.folder, args.device)
+    print(describe_machine(), flush=True)
+    if args.part == "kernels":
         time_kernels(args)
     elif args.part == "products":
         time_products(args)
@@ -210,9 +212,8 @@ class Worker:
     def __init__(self, name: str, settings: dict, folder: Path, device: str):
         print(f"starting {name}", file=sys.stderr)
         command = [sys.executable, __file__, "serve", "--serve", name, "--folder", str(folder), "--device", device]
-        environment, started = os.environ | settings.get("environment", {}), time.perf_counter()
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=environment, **pipes)
+        started, pipes = time.perf_counter(), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, **pipes)
         self.read()
         self.first_token = time.perf_counter() - started
         self.facts = self.read()
@@ -404,29 +405,139 @@ def write_gguf(gguf, model, path: Path, kind: str):
 
 
 def time_kernels(args):
-    """Time a layer's matrices alone, as many copies of them as do not fit a processor's caches."""
-    from hf_llama3.generation.int4 import Int4Kernel
-    from hf_llama3.generation.int8 import Int8Kernel
-    from hf_llama3.generation.kernels import DenseKernel
-
-    print(
-        "| rows | " + " | ".join(kernel.__name__ for kernel in (DenseKernel, Int8Kernel, Int4Kernel)) + " | F.linear |"
-    )
-    print("|---:|" + "---:|" * 4)
-    weights = [torch.randn(8192, 2048).bfloat16() for _ in range(12)]
-    contenders = [list(map(kernel, weights)) for kernel in (DenseKernel, Int8Kernel, Int4Kernel)]
-    contenders.append([lambda x, weight=weight: torch.nn.functional.linear(x, weight) for weight in weights])
-    for rows in args.batches:
-        x, cells = torch.randn(rows, 2048).bfloat16(), []
-        for products in contenders:
-            times = []
-            for _ in range(args.rounds + 1):
+    """Time candidates' products with a layer's matrix alone, of which the copies do not fit a processor's caches."""
+    weights = [torch.randn(8192, 2048).mul_(0.02).bfloat16() for _ in range(8)]
+    candidates = {name: make for name, make in CANDIDATES.items() if runs_here(make, weights[0])}
+    products = {name: [make(weight) for weight in weights] for name, make in candidates.items()}
+    print("\n| ms for so many rows | " + " | ".join(map(str, args.batches)) + " |\n|---|" + "---:|" * len(args.batches))
+    times = {name: {rows: [] for rows in args.batches} for name in products}
+    for _ in range(args.rounds + 1):  # the first compiles
+        for rows in args.batches:
+            x = torch.randn(rows, 2048).bfloat16()
+            for name, kernels in products.items():
+                if rows > MANY and name in ONLY_FOR_FEW:
+                    continue
                 started = time.perf_counter()
-                for product in products:
-                    product(x)
-                times.append((time.perf_counter() - started) / len(products))
-            cells.append(f"{min(times) * 1e3:.2f} ms")
-        print(f"| {rows} | " + " | ".join(cells) + " |")
+                for kernel in kernels:
+                    kernel(x)
+                times[name][rows].append((time.perf_counter() - started) / len(kernels))
+    for name, by_rows in times.items():
+        cells = [f"{statistics.median(seconds[1:]) * 1e3:.2f}" if seconds else "" for seconds in by_rows.values()]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def runs_here(make, weight: torch.Tensor) -> bool:
+    """Tell whether a candidate is there, and right: some are on one kind of processor alone."""
+    x = torch.randn(2, weight.shape[1]).bfloat16()
+    try:
+        made = make(weight)(x)
+    except (ImportError, RuntimeError, NotImplementedError):
+        return False
+    expected = x.float() @ weight.float().T
+    return bool((made.float() - expected).norm() < 0.2 * expected.norm())
+
+
+def onednn_bfloat16(weight):
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def onednn_int8(weight):
+    """Inputs are rounded to 8 bits, a row at a time; without VNNI its sums are wrong."""
+    scale = weight.abs().amax(1).float() / 127
+    packed = torch.ops.onednn.qlinear_prepack((weight.float() / scale[:, None]).round().to(torch.int8), None)
+    zeros = torch.zeros(len(weight), dtype=torch.int32)
+
+    def product(x):
+        step = x.abs().amax().float() / 127
+        levels = (x / step).round().to(torch.int8)
+        how = (None, 1.0, 0, torch.bfloat16, "none", [], "")
+        return torch.ops.onednn.qlinear_pointwise(levels, float(step), 0, packed, scale, zeros, *how)
+
+    return product
+
+
+def torch_int8(weight):
+    scale = weight.abs().amax(1).float() / 127
+    levels = (weight.float() / scale[:, None]).round().to(torch.int8)
+    return lambda x: torch._weight_int8pack_mm(x, levels, scale.bfloat16())
+
+
+def torch_int4(weight):
+    groups = weight.float().unflatten(1, (-1, 32))
+    low, high = groups.amin(2), groups.amax(2)
+    scale = (high - low) / 15
+    levels = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).flatten(1).int()
+    packed = torch._convert_weight_to_int4pack_for_cpu(levels, 1)
+    both = torch.stack([scale, low + 8 * scale], -1).transpose(0, 1).contiguous().bfloat16()
+    return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, 32, both)
+
+
+def numba_bfloat16(weight):
+    """A loop over the plain weight, as numba vectorises it, for each row."""
+    loop, bits = numba_loop(), weight.view(torch.uint16).numpy()
+
+    def product(x):
+        y = torch.empty(len(x), len(weight))
+        for row, out in zip(x.float().numpy(), y.numpy(), strict=True):
+            loop(bits, row, out)
+        return y
+
+    return product
+
+
+@functools.cache
+def numba_loop():
+    import numba
+    from llvmlite import ir
+
+    @numba.extending.intrinsic
+    def widen(context, bits):
+        def emit(context, builder, signature, arguments):
+            number = builder.zext(arguments[0], ir.IntType(32))
+            return builder.bitcast(builder.shl(number, ir.Constant(number.type, 16)), ir.FloatType())
+
+        return numba.float32(numba.uint16), emit
+
+    @numba.njit(fastmath=True)
+    def loop(weight, x, y):
+        for o in range(weight.shape[0]):
+            total = np.float32(0)
+            for i in range(weight.shape[1]):
+                total += widen(weight[o, i]) * x[i]
+            y[o] = total
+
+    return loop
+
+
+def of_ours(name: str):
+    def make(weight):
+        from hf_llama3.cpu import kernels
+
+        return getattr(kernels, name)(weight)
+
+    return make
+
+
+CANDIDATES = {
+    "F.linear, bfloat16 (upstream)": lambda weight: lambda x: torch.nn.functional.linear(x, weight),
+    "F.linear, float16": lambda weight: functools.partial(linear_as, weight.half()),
+    "F.linear, float32": lambda weight: functools.partial(linear_as, weight.float()),
+    "oneDNN's packed bfloat16": onednn_bfloat16,
+    "numba's loop, bfloat16": numba_bfloat16,
+    "ours, bfloat16": of_ours("PlainKernel"),
+    "oneDNN's packed int8, inputs rounded": onednn_int8,
+    "torch._weight_int8pack_mm": torch_int8,
+    "ours, int8": of_ours("Int8Kernel"),
+    "torch._weight_int4pack_mm_for_cpu": torch_int4,
+    "ours, int4": of_ours("Int4Kernel"),
+}
+MANY = 16  # rows above which some take too long to be worth a measurement
+ONLY_FOR_FEW = ("numba's loop, bfloat16", "torch._weight_int4pack_mm_for_cpu", "torch._weight_int8pack_mm")
+
+
+def linear_as(weight, x):
+    return torch.nn.functional.linear(x.to(weight.dtype), weight)
 
 
 def time_products(args):

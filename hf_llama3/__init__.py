@@ -1,18 +1,12 @@
 """Llama 3 as a first-class Hugging Face model package, and the bridge to Meta's checkpoint format.
 
-`import hf_llama3` makes the Auto classes know the model type "llama3" and has torch ask for huge pages; what is named
-below is imported when it is used.
+`import hf_llama3` makes the Auto classes know the model type "llama3"; what is named below is imported when it is used.
 """
 
-import os
 from importlib.metadata import version
 
 from .lazy import on_use
 from .registration import register
-
-# By this torch begins tensors of 2 MB and more where a page does and asks for huge pages: an optimised model takes up
-# to a sixth less time a token. It looks once, before it makes its first tensor; "0" in the environment forbids it.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Public name -> the module that holds it
 _HOMES = {

@@ -14,12 +14,15 @@ ARM = ("neon", "bf16", "i8mm", "sve")
 
 # oneDNN's limit -> the sets that it still allows (oneDNN, "CPU Dispatcher Control")
 WITHIN_LIMIT = {
+    "SSE41": (),
+    "AVX": (),
     "AVX2": ("avx2", "fma3"),
     "AVX2_VNNI": ("avx2", "fma3", "avx_vnni"),
     "AVX2_VNNI_2": ("avx2", "fma3", "avx_vnni", "avx_ne_convert"),
     "AVX512_CORE": ("avx2", "fma3", "avx512_f"),
     "AVX512_CORE_VNNI": ("avx2", "fma3", "avx512_f", "avx512_vnni"),
     "AVX512_CORE_BF16": ("avx2", "fma3", *AVX512),
+    "AVX512_CORE_FP16": ("avx2", "fma3", *AVX512),
 }
 
 

@@ -101,7 +101,9 @@ class WeightsFile:
 
 def plan_files(checkpoint: Checkpoint, quantize: str | None) -> list[WeightsFile]:
     """Divide the weights among files; in each, what fills whole pages comes first and begins where a page does."""
-    described = [(row, describe(row, LazyTensor(checkpoint, row), quantize)) for row in checkpoint.rows]
+    # A head that shares the embedding is a tensor of its own where it is quantised
+    rows = checkpoint.rows if quantize else checkpoint.own_rows
+    described = [(row, describe(row, LazyTensor(checkpoint, row), quantize)) for row in rows]
     divided = divide(described, lambda entry: sum(map(num_bytes, entry[1])), parse_size(DEFAULT_SHARD_SIZE))
     files = []
     for name, group in divided.items():

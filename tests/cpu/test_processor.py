@@ -13,10 +13,7 @@ from hf_llama3.cpu.processor import ARM, X86, Processor, cores, here, threads
 
 ROOT = Path(__file__).parent.parent.parent
 ROOMS = ("hf_llama3", "conversion", "model_card")
-ASKS_HERE = {
-    "hf_llama3/cpu/processor.py",
-    "hf_llama3/generation/kernels.py",  # asks whether oneDNN is there; goes when kernels ask the processor
-}
+ASKS = {"hf_llama3/cpu/processor.py"}
 QUESTIONS = {
     *("torch.backends.cpu", "torch.backends.mkldnn", "torch.cpu", "torch.get_num_threads"),
     *("os.cpu_count", "os.process_cpu_count", "os.sched_getaffinity", "multiprocessing.cpu_count"),
@@ -50,6 +47,8 @@ VNNI = AVX2 | {"avx512_f", "avx512_vnni"}
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [
+        ("SSE41", set()),
+        ("AVX", set()),
         ("AVX2", AVX2),
         ("avx2", AVX2),
         ("AVX2_VNNI", AVX2 | {"avx_vnni"}),
@@ -57,6 +56,7 @@ VNNI = AVX2 | {"avx512_f", "avx512_vnni"}
         ("AVX512_CORE", AVX2 | {"avx512_f"}),
         ("AVX512_CORE_VNNI", VNNI),
         ("AVX512_CORE_BF16", VNNI | {"avx512_bf16"}),
+        ("AVX512_CORE_FP16", VNNI | {"avx512_bf16"}),
         ("AVX512_CORE_AMX", set(X86)),
         ("DEFAULT", set(X86)),
     ],
@@ -81,21 +81,23 @@ def test_this_one():
 
 
 @pytest.mark.parametrize(
-    ("instructions", "bfloat16", "avx512"),
+    ("instructions", "bfloat16", "pairs", "kernels", "lanes"),
     [
-        (("avx2", "fma3", "avx_vnni"), False, False),
-        (("avx2", "avx_ne_convert"), True, False),
-        (("avx2", "avx512_f", "avx512_vnni"), False, True),
-        (("avx512_f", "avx512_bf16"), True, True),
-        (("avx512_f", "amx_bf16"), True, True),
-        (("neon",), False, False),
-        (("neon", "bf16"), True, False),
-        ((), False, False),
+        (("avx2", "fma3", "avx_vnni"), False, False, True, 8),
+        (("avx2", "fma3", "avx_ne_convert"), True, False, True, 8),
+        (("avx2", "fma3", "avx512_f", "avx512_vnni"), False, False, True, 16),
+        (("avx2", "fma3", "avx512_f", "avx512_bf16"), True, True, True, 16),
+        (("avx2", "fma3", "avx512_f", "amx_bf16"), True, False, True, 16),
+        (("avx2",), False, False, False, 8),
+        (("neon",), False, False, True, 8),
+        (("neon", "bf16"), True, False, True, 8),
+        ((), False, False, False, 8),
     ],
 )
-def test_what_follows_from_instructions(instructions, bfloat16, avx512):
+def test_what_follows_from_instructions(instructions, bfloat16, pairs, kernels, lanes):
     found = Processor("a processor", instructions)
-    assert (found.multiplies_bfloat16, found.has_avx512) == (bfloat16, avx512)
+    assert (found.multiplies_bfloat16, found.multiplies_pairs) == (bfloat16, pairs)
+    assert (found.has_kernels, found.lanes) == (kernels, lanes)
     assert str(found) == f"a processor ({', '.join(instructions) or 'no vector instructions known'})"
 
 
@@ -115,7 +117,7 @@ def questions_in(source):
 def test_only_one_module_asks():
     paths = [path for room in ROOMS for path in sorted((ROOT / room).glob("**/*.py"))]
     asking = {path.relative_to(ROOT).as_posix(): questions_in(path.read_text("utf-8")) for path in paths}
-    assert {path for path, questions in asking.items() if questions} == ASKS_HERE
+    assert {path for path, questions in asking.items() if questions} == ASKS
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,12 @@ def test_weights_stay_in_the_file(packed):
         assert all(any(start <= address < end for start, end in ranges) for address in addresses)
 
 
+def test_an_exact_folder_is_as_large_as_the_plain_one(source, tmp_path):
+    """A head that shares the embedding is not written beside it."""
+    report = packing.pack_model(source, tmp_path / "packed")
+    assert report.bytes < (source / "model.safetensors").stat().st_size + 40 * packing.PAGE
+
+
 @pytest.mark.parametrize("quantize", QUANTIZE)
 def test_several_files(quantize, source, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "DEFAULT_SHARD_SIZE", "100KB")
