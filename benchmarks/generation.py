@@ -532,8 +532,8 @@ CANDIDATES = {
     "torch._weight_int4pack_mm_for_cpu": torch_int4,
     "ours, int4": of_ours("Int4Kernel"),
 }
-MANY = 16  # rows above which some take too long to be worth a measurement
-ONLY_FOR_FEW = ("numba's loop, bfloat16", "torch._weight_int4pack_mm_for_cpu", "torch._weight_int8pack_mm")
+MANY = 4  # rows above which some take too long to be worth a measurement
+ONLY_FOR_FEW = ("F.linear, float16", "numba's loop, bfloat16", "oneDNN's packed int8, inputs rounded")
 
 
 def linear_as(weight, x):

@@ -176,28 +176,24 @@ def multiply_plain(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return run(here, kind, rows, weight, weight.shape[1], in_pairs).to(rows.dtype)
     if is_fast or kind == "float32":
         return nn.functional.linear(rows, weight)
-    return in_parts(rows, weight.shape, weight.shape[1], torch.float32, lambda part, memory: memory.copy_(weight[part]))
+    return in_parts(rows, len(weight), torch.float32, lambda part, memory: memory.copy_(weight[part]))
 
 
 def multiply_quantised(rows: torch.Tensor, kernel: Kernel, levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return the products (N, O) of rows (N, I) with a quantised weight; for many rows it is dequantised, in parts."""
-    here = processor.here()
-    blocks = levels.shape[1] // (BLOCK if kernel.kind == "int8" else BLOCK // 2)
-    in_pairs = rows.dtype is torch.bfloat16 and here.multiplies_pairs
-    padding = blocks * BLOCK - kernel.shape[1]
+    here, kind = processor.here(), kernel.kind
+    blocks = scales.shape[1] // GROUPS[kind]
+    x = in_order_of_levels(rows, kind, blocks)  # (N, B, 8, 16)
     if len(rows) <= FEW_ROWS_OF_QUANTISED:
-        padded = nn.functional.pad(rows, (0, padding)) if padding else rows
-        sums = None
-        by_lanes = padded.view(-1, blocks, LEVELS, LANES)
-        if kernel.kind == "int4":
-            sums = by_lanes.sum(2, dtype=torch.float32)
+        sums = x.sum(2, dtype=torch.float32) if kind == "int4" else None  # (N, B, 16)
+        in_pairs = rows.dtype is torch.bfloat16 and here.multiplies_pairs
         if in_pairs:
-            padded = by_lanes.view(-1, blocks, 2, LEVELS // 2, LANES).permute(0, 1, 3, 4, 2).reshape(len(rows), -1)
-        elif kernel.kind == "int4":
-            padded = (by_lanes.float() * POWERS[:, None]).flatten(1)
-        return run(here, kernel.kind, padded, levels, blocks, in_pairs, scales, sums).to(rows.dtype)
+            x = x.view(-1, blocks, 2, LEVELS // 2, LANES).permute(0, 1, 3, 4, 2)
+        elif kind == "int4":
+            x = x.float() * POWERS[:, None]
+        return run(here, kind, x.flatten(1), levels, blocks, in_pairs, scales, sums).to(rows.dtype)
     to = torch.bfloat16 if rows.dtype is torch.bfloat16 and here.multiplies_bfloat16 else torch.float32
-    write = dequantisation(kernel.kind, str(to).removeprefix("torch."), here)
+    write = dequantisation(kind, str(to).removeprefix("torch."), here)
 
     def fill(part: slice, memory: torch.Tensor):
         write(
@@ -208,24 +204,28 @@ def multiply_quantised(rows: torch.Tensor, kernel: Kernel, levels: torch.Tensor,
             **{"outputs": len(memory), "inputs": blocks},
         )
 
-    return in_parts(rows, kernel.shape, blocks * BLOCK, to, fill)
+    return in_parts(x.flatten(1), len(levels), to, fill)
 
 
-def in_parts(
-    rows: torch.Tensor, shape: tuple[int, int], width: int, dtype: torch.dtype, fill: Callable
-) -> torch.Tensor:
-    """Return the products of rows with a weight (O, I) of which `fill` writes some output features at a time.
+def in_order_of_levels(rows: torch.Tensor, kind: str, blocks: int) -> torch.Tensor:
+    """Return rows (N, I) as blocks of levels, (N, B, 8, 16), with zeros behind the last input."""
+    if padding := blocks * BLOCK - rows.shape[1]:
+        rows = nn.functional.pad(rows, (0, padding))
+    if kind == "int8":
+        return rows.reshape(-1, blocks, LEVELS, LANES)
+    return rows.reshape(-1, blocks, 4, LEVELS, 4).transpose(2, 3).reshape(-1, blocks, LEVELS, LANES)
 
-    It writes them as plain ones of a type, `width` numbers each, of which the first I count.
-    """
-    outputs, inputs = shape
-    step = max(DEQUANTISED_AT_A_TIME // width // TILE, 1) * TILE
-    memory, x, y = memory_here(step * width, dtype), rows.to(dtype), rows.new_empty(len(rows), outputs)
+
+def in_parts(rows: torch.Tensor, outputs: int, dtype: torch.dtype, fill: Callable) -> torch.Tensor:
+    """Return the products of rows with a weight of which `fill` writes some output features at a time, in some type."""
+    inputs = rows.shape[1]
+    step = max(DEQUANTISED_AT_A_TIME // inputs // TILE, 1) * TILE
+    memory, x, y = memory_here(step * inputs, dtype), rows.to(dtype), rows.new_empty(len(rows), outputs)
     for start in range(0, outputs, step):
         part = slice(start, min(start + step, outputs))
-        weight = memory[: (part.stop - start) * width].view(-1, width)
+        weight = memory[: (part.stop - start) * inputs].view(-1, inputs)
         fill(part, weight)
-        y[:, part] = multiply_plain(x, weight[:, :inputs])
+        y[:, part] = multiply_plain(x, weight)
     return y
 
 

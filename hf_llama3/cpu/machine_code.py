@@ -69,6 +69,11 @@ class Builder(ir.IRBuilder):
         indices = ir.Constant(vector(INT32, lanes), [pick(lane) for lane in range(lanes)])
         return self.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), indices)
 
+    def join(self, one, other):
+        """Return a vector of the lanes of two."""
+        indices = ir.Constant(vector(INT32, 2 * one.type.count), list(range(2 * one.type.count)))
+        return self.shuffle_vector(one, other, indices)
+
     def widen_bfloat16(self, bits):
         """Return the float32 of which these 16-bit integers are the upper half."""
         lanes = bits.type.count

