@@ -71,6 +71,8 @@ class Kernel:
         self.num_bytes = sum(tensor.nbytes for tensor in stored.values())
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if x.shape[-1] != self.shape[1] or not x.is_cpu:
+            raise UserError(f"inputs must be {self.shape[1]} numbers on the CPU, got {x.shape[-1]} on {x.device}")
         rows = x.reshape(-1, self.shape[1])  # (N, I)
         y = self.multiply(rows).view(*x.shape[:-1], self.shape[0])
         return y if bias is None else y + bias
@@ -86,7 +88,6 @@ class PlainKernel(Kernel):
     is_exact = True
 
     def __init__(self, weight: torch.Tensor):
-        weight = weight.detach()
         self.take({"weight": weight}, tuple(weight.shape), weight.dtype)
 
     @staticmethod

@@ -68,9 +68,14 @@ def here() -> Processor:
     """Look at this machine, within the limits that `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` set."""
     import torch
 
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # young: an older torch lacks it
-    found = has = [name for name in (*X86, *ARM) if capabilities.get(name)]
-    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT"):
+    capability = torch.backends.cpu.get_cpu_capability()
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+    else:  # before torch 2.12, which tells less
+        known = {"AVX2": ("avx2", "fma3"), "AVX512": ("avx2", "fma3", "avx512_f")}
+        found = dict.fromkeys(known.get(capability, ()), True)
+    found = has = [name for name in (*X86, *ARM) if found.get(name)]
+    if capability in ("AVX2", "DEFAULT"):
         found = [name for name in found if name not in (*AVX512, *AMX)]
     allowed = WITHIN_LIMIT.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper())
     if allowed is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import library, nn
 from torch.utils._pytree import tree_map_only
 
-from hf_llama3.cpu.kernels import Kernel
+from hf_llama3.cpu.kernels import Kernel, PlainKernel
 from hf_llama3.errors import UserError
 
 KERNELS = weakref.WeakValueDictionary()  # number -> kernel, as compiled code knows it
@@ -53,6 +53,10 @@ class PackedLinear(nn.Linear):
             return torch.ops.hf_llama3.packed_linear(x, self.bias, self.number, self.out_features)
         if self.version is not None and self.weight._version != self.version:
             raise UserError(CHANGED)
+        if x.requires_grad and torch.is_grad_enabled():
+            if not self.kernel.is_exact:
+                raise UserError("a quantised model has no gradients, got inputs that require them; use torch.no_grad()")
+            return super().forward(x)
         return self.kernel(x, self.bias)
 
     def __setattr__(self, name, value):
@@ -64,6 +68,13 @@ class PackedLinear(nn.Linear):
         super().__setstate__(state)
         if self.version is not None:
             self.version = self.weight._version  # a copy's count starts again
+        if self.kernel.is_exact:
+            self.take(PlainKernel(self.weight))
+
+    def take(self, kernel: Kernel):
+        """Multiply by a kernel, under a number of its own."""
+        self.kernel, self.number = kernel, next(NUMBERS)
+        KERNELS[self.number] = kernel
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if isinstance(self.weight, QuantizedWeight):
@@ -77,13 +88,13 @@ def pack(linear: nn.Linear, kernel: Kernel, keeps_weight: bool):
     An exact kernel reads the weight where it is. A quantised one takes its place, unless the module `keeps_weight` for
     another that has the same parameter.
     """
-    linear.kernel, linear.number, linear.version = kernel, next(NUMBERS), None
-    KERNELS[linear.number] = kernel
+    linear.version = None
     if not kernel.is_exact and not keeps_weight:
         linear.weight = nn.Parameter(QuantizedWeight(kernel), requires_grad=False)
     elif not kernel.is_exact and not linear.weight.is_inference():
         linear.version = linear.weight._version
     linear.__class__ = PackedLinear
+    linear.take(kernel)
 
 
 def unpack(linear: PackedLinear):

@@ -182,6 +182,19 @@ def test_inputs_and_biases(kind):
 
 
 @pytest.mark.parametrize("kind", KERNELS)
+def test_inputs_of_another_size_or_place_are_refused(kind):
+    """What is only an address has no size: the second would have become one row."""
+    kernel = kind(torch.randn(8, 64))
+    for x, got in (
+        (torch.randn(3, 65), "65 on cpu"),
+        (torch.randn(2, 32), "32 on cpu"),
+        (torch.randn(1, 64, device="meta"), "64 on meta"),
+    ):
+        with pytest.raises(UserError, match=f"inputs must be 64 numbers on the CPU, got {got}"):
+            kernel(x)
+
+
+@pytest.mark.parametrize("kind", KERNELS)
 def test_all_that_is_kept_stands_in_a_few_tensors(kind):
     weight = torch.randn(48, 200).bfloat16()
     stored = {name: torch.empty_like(part, device="cpu") for name, part in kind.describe(weight.shape).items()}

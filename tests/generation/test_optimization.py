@@ -108,8 +108,24 @@ def test_a_copy_is_as_good(model):
     theirs = logits(hf_llama3.optimize(model))
     other = copy.deepcopy(model)
     assert torch.equal(logits(other), theirs)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+        model.model.layers[1].mlp.up_proj.weight.data = torch.zeros(192, 128)
+    assert not torch.equal(logits(model), theirs)
+    assert torch.equal(logits(other), theirs)  # it has weights of its own
     hf_llama3.restore(other)
-    assert type(model.lm_head) is PackedLinear and torch.equal(logits(model), theirs)
+    assert type(model.lm_head) is PackedLinear and not torch.equal(logits(model), theirs)
+
+
+def test_gradients_of_inputs():
+    """Where inputs ask for gradients they get them, or an error, never none."""
+    model, embeds = make_model(), torch.randn(1, 5, 128, requires_grad=True)
+    model(inputs_embeds=embeds).logits.sum().backward()
+    expected, embeds.grad = embeds.grad, None
+    hf_llama3.optimize(model)(inputs_embeds=embeds).logits.sum().backward()
+    torch.testing.assert_close(embeds.grad, expected)
+    with pytest.raises(UserError, match=r"a quantised model has no gradients, .*; use torch\.no_grad"):
+        hf_llama3.optimize(make_model(), quantize="int8")(inputs_embeds=embeds)
 
 
 @pytest.mark.parametrize(
