@@ -33,7 +33,7 @@ POWERS = torch.tensor([16.0**-k for k in range(LEVELS - 1)] + [1.0], device="cpu
 class Kernel:
     """What all kernels are: a few tensors hold all of one, which can be kept in a file.
 
-    They never change, so that copies of a model share them.
+    Those of a quantised weight never change, so that copies of a model share them.
     """
 
     kind: str  # of weights, as `products.product` knows it

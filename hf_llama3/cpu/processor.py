@@ -57,7 +57,7 @@ class Processor:
     @property
     def registers(self) -> int:
         """How many such vectors fit into registers."""
-        return 16 if "avx2" in self.instructions and "avx512_f" not in self.instructions else 32
+        return 32 if "avx512_f" in self.instructions else 16
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(self.instructions) or 'no vector instructions known'})"
