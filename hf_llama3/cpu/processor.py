@@ -71,7 +71,7 @@ def here() -> Processor:
     capability = torch.backends.cpu.get_cpu_capability()
     if hasattr(torch.cpu, "get_capabilities"):
         found = torch.cpu.get_capabilities()
-    else:  # before torch 2.12, which tells less
+    else:  # an older torch, which tells less
         known = {"AVX2": ("avx2", "fma3"), "AVX512": ("avx2", "fma3", "avx512_f")}
         found = dict.fromkeys(known.get(capability, ()), True)
     found = has = [name for name in (*X86, *ARM) if found.get(name)]
