@@ -119,6 +119,9 @@ def check(model: PreTrainedModel, quantize: str | None):
     if done and done.quantize and done.quantize != quantize:
         raise UserError(f"a model quantised to {done.quantize} cannot become {quantize}; load {origin(model)} again")
     quantizer = getattr(model, "hf_quantizer", None)
+    was_gguf = quantizer is not None and getattr(quantizer.quantization_config, "quant_method", None) == "gguf"
+    if was_gguf and all(type(parameter) is nn.Parameter for parameter in model.parameters()):
+        quantizer = None  # the library has dequantised the file's weights
     if quantizer is not None and (model.device.type == "cpu" or not quantizer.is_compileable):
         how = type(quantizer.quantization_config).__name__
         raise UserError(f"on {model.device} weights must be plain, got a model loaded with a {how}; load it without")

