@@ -47,7 +47,7 @@ def quickstart(output, text=None) -> None:
     survey(Path(text))  # before anything is made
 
     say(f"1. Train a tokenizer and a small Llama 3 on {text}")
-    report = train(text, hf, Settings(steps=STEPS, eval_every=STEPS // LOOKS), progress=True)
+    report = train(text, hf, Settings(steps=STEPS, eval_every=max(STEPS // LOOKS, 1)), progress=True)
     first, last, nothing = report.first_loss, report.validation_loss, math.log(report.vocab_size)
     say(f"   {report.num_parameters:,} parameters, {report.tokens:,} tokens")
     say(f"   validation loss {first:.2f} at the start (ln {report.vocab_size} = {nothing:.2f}), now {last:.2f}")
