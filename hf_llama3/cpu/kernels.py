@@ -234,7 +234,7 @@ def memory_here(count: int, dtype: torch.dtype) -> torch.Tensor:
     """Return memory for so many numbers, the same for all calls of a thread: new memory is slow."""
     size = count * dtype.itemsize
     if getattr(MEMORY, "bytes", None) is None or len(MEMORY.bytes) < size:
-        MEMORY.bytes = torch.empty(size, dtype=torch.uint8)
+        MEMORY.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
     return MEMORY.bytes[:size].view(dtype)
 
 
@@ -247,7 +247,8 @@ def run(here, kind: str, rows: torch.Tensor, weight: torch.Tensor, inputs: int, 
     if padding := tiles * together - len(rows):
         x = nn.functional.pad(x, (0, 0, 0, padding))
         sums = sums if sums is None else nn.functional.pad(sums, (0, 0, 0, 0, 0, padding))
-    x, y = x.contiguous(), torch.empty(tiles * together, len(weight))
+    x = x.contiguous()
+    y = torch.empty(tiles * together, len(weight), dtype=torch.float32, device="cpu")  # whatever the defaults are
     arguments = {"outputs": len(weight), "inputs": inputs, "row_tiles": tiles}
     places = {"weight": weight, "scale": scales, "x": x, "sums": sums, "y": y}
     for name, tensor in places.items():

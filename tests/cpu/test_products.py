@@ -195,6 +195,24 @@ def test_inputs_of_another_size_or_place_are_refused(kind):
 
 
 @pytest.mark.parametrize("kind", KERNELS)
+def test_defaults_of_torch_do_not_matter(kind):
+    """Meta's code, for one, changes the default type: an output of half the size would be written past its end."""
+    kernel, x = kind(torch.randn(48, 200)), torch.randn(3, 200)
+    expected = kernel(x)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    try:
+        made = [kernel(x), kernel(torch.cat([x] * 30))[:3]]
+    finally:
+        torch.set_default_dtype(default)
+        torch.set_default_device(None)
+    for one in made:
+        assert one.dtype is torch.float32 and one.is_cpu
+        torch.testing.assert_close(one, expected)
+
+
+@pytest.mark.parametrize("kind", KERNELS)
 def test_all_that_is_kept_stands_in_a_few_tensors(kind):
     weight = torch.randn(48, 200).bfloat16()
     stored = {name: torch.empty_like(part, device="cpu") for name, part in kind.describe(weight.shape).items()}
