@@ -150,16 +150,15 @@ def quantise(kind: str, weight: torch.Tensor, levels: torch.Tensor, scales: torc
     """
     quantise_here = quantisation(kind, str(weight.dtype).removeprefix("torch."), processor.here())
     padding = -weight.shape[1] % BLOCK
-    step = max(QUANTISED_AT_A_TIME // weight.shape[1], 1) if padding or weight.stride(1) != 1 else len(weight)
+    is_copied = padding > 0 or weight.stride(1) != 1
+    step = max(QUANTISED_AT_A_TIME // weight.shape[1], 1) if is_copied else len(weight)
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         part = weight[rows]
-        if padding or weight.stride(1) != 1:
+        if is_copied:
             part = nn.functional.pad(part, (0, padding)).contiguous()
-        places, arguments = {"weight": part, "y": levels[rows], "scale": scales[rows]}, {}
-        for name, tensor in places.items():
-            arguments |= {name: tensor.data_ptr(), f"{name}_row": tensor.stride(0) * tensor.element_size()}
-        quantise_here(parts_for(part.numel()), outputs=len(part), inputs=part.shape[1] // BLOCK, **arguments)
+        places = places_of(weight=part, y=levels[rows], scale=scales[rows])
+        quantise_here(parts_for(part.numel()), outputs=len(part), inputs=part.shape[1] // BLOCK, **places)
     if not scales.isfinite().all():
         raise UserError(
             f"weights to quantise must be finite, got NaN or infinity in one of shape {tuple(weight.shape)}"
@@ -197,13 +196,8 @@ def multiply_quantised(rows: torch.Tensor, kernel: Kernel, levels: torch.Tensor,
     write = dequantisation(kind, str(to).removeprefix("torch."), here)
 
     def fill(part: slice, memory: torch.Tensor):
-        write(
-            parts_for(memory.numel()),
-            **{"weight": levels[part].data_ptr(), "weight_row": levels.stride(0)},
-            **{"scale": scales[part].data_ptr(), "scale_row": scales.stride(0) * scales.element_size()},
-            **{"y": memory.data_ptr(), "y_row": memory.stride(0) * memory.element_size()},
-            **{"outputs": len(memory), "inputs": blocks},
-        )
+        places = places_of(weight=levels[part], scale=scales[part], y=memory)
+        write(parts_for(memory.numel()), outputs=len(memory), inputs=blocks, **places)
 
     return in_parts(x.flatten(1), len(levels), to, fill)
 
@@ -249,13 +243,17 @@ def run(here, kind: str, rows: torch.Tensor, weight: torch.Tensor, inputs: int, 
         sums = sums if sums is None else nn.functional.pad(sums, (0, 0, 0, 0, 0, padding))
     x = x.contiguous()
     y = torch.empty(tiles * together, len(weight), dtype=torch.float32, device="cpu")  # whatever the defaults are
-    arguments = {"outputs": len(weight), "inputs": inputs, "row_tiles": tiles}
-    places = {"weight": weight, "scale": scales, "x": x, "sums": sums, "y": y}
-    for name, tensor in places.items():
-        if tensor is not None:
-            arguments |= {name: tensor.data_ptr(), f"{name}_row": tensor.stride(0) * tensor.element_size()}
-    product(kind, together, in_pairs, here)(parts_for(weight.numel()), **arguments)
+    multiply = product(kind, together, in_pairs, here)
+    places = places_of(weight=weight, scale=scales, x=x, sums=sums, y=y)
+    multiply(parts_for(weight.numel()), outputs=len(weight), inputs=inputs, row_tiles=tiles, **places)
     return y[: len(rows)]
+
+
+def places_of(**tensors: torch.Tensor | None) -> dict[str, int]:
+    """Return, as machine code takes them, where tensors begin and the bytes from one of their rows to the next."""
+    there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    rows = {f"{name}_row": tensor.stride(0) * tensor.element_size() for name, tensor in there.items()}
+    return {name: tensor.data_ptr() for name, tensor in there.items()} | rows
 
 
 def parts_for(elements: int) -> int:
