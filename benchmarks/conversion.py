@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 from machine import describe_machine
 
-from hf_llama3.conversion.manifest import to_json
-from hf_llama3.conversion.meta_checkpoint import PARAMS_FILE, TOKENIZER_FILE
-from hf_llama3.conversion.params import config_to_params
-from hf_llama3.conversion.pth import PthLayout
-from hf_llama3.conversion.storage import BLOCK_BYTES, BY_NAME, write_all
-from hf_llama3.conversion.tokenizer import tiktoken_file
+from hf_llama3.conversion.config.params import config_to_params
+from hf_llama3.conversion.formats.meta import PARAMS_FILE, TOKENIZER_FILE
+from hf_llama3.conversion.formats.pth import PthLayout
+from hf_llama3.conversion.formats.storage import BLOCK_BYTES, BY_NAME, write_all
+from hf_llama3.conversion.tokenizer.bpe import tiktoken_file
 from hf_llama3.conversion.weights import rows, sizes
+from hf_llama3.files.json import to_json
 from hf_llama3.presets import config_of, llama3_scaling
 
 SIZES = {"1B": "3.2-1B", "8B": "3.1-8B"}

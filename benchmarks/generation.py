@@ -111,7 +111,7 @@ def main():
 
 def prepare(args, folder: Path) -> dict[str, dict]:
     """Write what the contenders read, and return those that have it."""
-    from hf_llama3.generation import pack_model
+    from hf_llama3.cpu.packing import pack_model
 
     write_models(folder, make_config(args), with_gguf=args.device == "cpu")
     settings = contenders_on(args.device)
@@ -123,7 +123,7 @@ def prepare(args, folder: Path) -> dict[str, dict]:
 
 def time_starts(args, folder: Path):
     """Print how long each contender takes from a new process to its first token, in turn, round after round."""
-    from hf_llama3.generation.speed import measure_read_speed
+    from hf_llama3.measure.bench import measure_read_speed
 
     settings, read = prepare(args, folder), measure_read_speed(args.device)
     starts = {name: [] for name in settings}
@@ -141,7 +141,7 @@ def time_starts(args, folder: Path):
 
 
 def compare(args, folder: Path):
-    from hf_llama3.generation.speed import measure_read_speed
+    from hf_llama3.measure.bench import measure_read_speed
 
     workers = {name: Worker(name, how, folder, args.device) for name, how in prepare(args, folder).items()}
     names = list(workers)
@@ -287,12 +287,12 @@ class Transformers:
 
     @property
     def bytes(self) -> int:
-        from hf_llama3.generation.speed import weight_bytes
+        from hf_llama3.measure.bench import weight_bytes
 
         return weight_bytes(self.model)
 
     def generate(self, batch: int, prompt: int, new: int):
-        from hf_llama3.generation.speed import time_generation
+        from hf_llama3.measure.bench import time_generation
 
         return time_generation(self.model, prompt, new, batch, **self.options)
 
@@ -512,7 +512,7 @@ def numba_loop():
 
 def of_ours(name: str):
     def make(weight):
-        from hf_llama3.cpu import kernels
+        from hf_llama3.cpu.kernels import linear as kernels
 
         return getattr(kernels, name)(weight)
 
@@ -545,7 +545,7 @@ def time_products(args):
     from transformers import AutoModelForCausalLM
 
     import hf_llama3
-    from hf_llama3.generation.speed import time_generation
+    from hf_llama3.measure.bench import time_generation
 
     print("| rows | weights | ms a step | products alone | share |\n|---:|---|---:|---:|---:|")
     for quantize in (None, "int8", "int4"):

@@ -1,7 +1,7 @@
 """What every benchmark prints first: the machine that its figures belong to."""
 
 from hf_llama3.cpu import processor
-from hf_llama3.generation.speed import measure_read_speed
+from hf_llama3.measure.bench import measure_read_speed
 
 
 def describe_machine() -> str:

@@ -90,8 +90,8 @@ def run(args):
     """Load a model as `generate --parallel` does, and time its steps."""
     from transformers import AutoModelForCausalLM
 
-    from hf_llama3.generation.parallel import join, number_own_layers
-    from hf_llama3.generation.speed import time_generation
+    from hf_llama3.distributed.parallel import join, number_own_layers
+    from hf_llama3.measure.bench import time_generation
 
     with join(None if args.mode == "alone" else args.mode) as group:
         torch.manual_seed(0)
@@ -110,7 +110,7 @@ def run(args):
 
 def print_sizes():
     from hf_llama3 import Llama3Config
-    from hf_llama3.generation.parallel import bytes_per_process
+    from hf_llama3.distributed.parallel import bytes_per_process
     from hf_llama3.presets import config_of
 
     print("\nGB of bfloat16 weights that the fullest of N processes holds, and GB of keys and values of 8,192 tokens\n")

@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_llama3
 from hf_llama3.conversion.weights import interleaved_to_half
-from hf_llama3.generation.defaults import QUANTIZATIONS
-from hf_llama3.generation.evaluation import sum_of_losses
+from hf_llama3.cpu import QUANTIZATIONS
+from hf_llama3.measure.evaluation import sum_of_losses
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BITS = {"int8": 8.25, "int4": 5, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5}  # a weight, with what its group shares

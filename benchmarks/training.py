@@ -51,8 +51,10 @@ def main():
 
 def run(text: Path, output: Path | None = None, **options):
     """Train, or go on with training, in `output`, or in a folder that does not stay; return the report."""
-    from hf_llama3.conversion.manifest import TRAINING_FACTS, read_json
-    from hf_llama3.training import make_settings, train
+    from hf_llama3.files.facts import TRAINING_FACTS
+    from hf_llama3.files.json import read_json
+    from hf_llama3.training.recipe import train
+    from hf_llama3.training.settings import make_settings
 
     if output is not None:
         if not (output / TRAINING_FACTS).exists():

@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_llama3.errors import UserError
 
-from .storage import Part, StoredTensor, row_blocks
+from .formats.storage import Part, StoredTensor, row_blocks
 from .weights import EMBEDDING, OUTPUT, Row, sizes
 
 

@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from hf_llama3.errors import UserError
+from hf_llama3.files.atomic import check_target, finish, staging, sync, write_files
+from hf_llama3.files.hashes import CHECKLIST, CHECKSUMS, check_sums, format_sums, hash_file
+from hf_llama3.files.progress import byte_bar
 
-from .cast import Cast
 from .checkpoint import Checkpoint
-from .manifest import CHECKLIST, CHECKSUMS, byte_bar, check_sums, format_sums, hash_file
+from .formats.cast import Cast
+from .formats.storage import BY_NAME, SourceFile, write_all
 from .opening import open_checkpoint
 from .plan import DEFAULT_SHARD_SIZE, Plan, PlannedFile, plan_hf, plan_meta
 from .provenance import PROVENANCE, make_provenance
-from .staging import check_target, finish, staging, sync, write_files
-from .storage import BY_NAME, SourceFile, write_all
 from .verify import VerificationReport, verify_checkpoints
 
 WORKERS = 2  # one moves bytes while the other sums or rearranges

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from hf_llama3.errors import UserError, without_password
 
-from .hf_checkpoint import INDEX, SINGLE
-from .hf_config import read_config
-from .meta_checkpoint import PARAMS_FILE
-from .params import read_params
+from .config.hf import read_config
+from .config.params import read_params
+from .formats.hf import INDEX, SINGLE
+from .formats.meta import PARAMS_FILE
 
 # huggingface_hub is imported where it is used: a local folder need not wait for it.
 

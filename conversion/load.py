@@ -8,14 +8,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.errors import UserError
+from hf_llama3.files.atomic import write_files
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 
 from .checkpoint import Checkpoint
-from .hf_config import generation_config
+from .config.hf import generation_config
 from .opening import open_checkpoint
 from .plan import assemble
-from .staging import write_files
-from .tokenizer_files import hf_tokenizer
+from .tokenizer.files import hf_tokenizer
 from .weights import Row
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hf_llama3 import Llama3Config
+from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.rotary import Llama3RotaryEmbedding, rotate
 
 from .checkpoint import Checkpoint
-from .storage import Dtype, row_blocks, to_floats
+from .formats.storage import Dtype, row_blocks, to_floats
 from .weights import LAYER_TABLE, Row, sizes
 
 NUM_TOKENS = 32

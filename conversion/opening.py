@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 from hf_llama3.errors import UserError
+from hf_llama3.files.atomic import SIGNS, is_unfinished
 
 from .checkpoint import Checkpoint
-from .hf_checkpoint import open_hf
+from .formats.hf import open_hf
+from .formats.meta import PARAMS_FILE, SHARD_GLOBS, open_meta
 from .hub import fetch
-from .meta_checkpoint import PARAMS_FILE, SHARD_GLOBS, open_meta
-from .staging import SIGNS, is_unfinished
-from .tokenizer import VERSIONS
+from .tokenizer.bpe import VERSIONS
 
 
 def open_checkpoint(

@@ -4,20 +4,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hf_llama3.errors import UserError
+from hf_llama3.files.json import to_json
 from hf_llama3.remote_code import code_files
 
-from .cast import Cast
 from .checkpoint import Checkpoint
-from .hf_checkpoint import INDEX, SINGLE, SafetensorsLayout
-from .hf_config import generation_config, portable_config
-from .manifest import to_json
-from .meta_checkpoint import PARAMS_FILE
-from .params import config_to_params
-from .pth import PthLayout
-from .sidecar import SIDECAR, make_sidecar
-from .storage import Assembly, Part
-from .tokenizer import llama3_chat_template
-from .tokenizer_files import hf_tokenizer, meta_tokenizer
+from .config.hf import generation_config, portable_config
+from .config.params import config_to_params
+from .config.sidecar import SIDECAR, make_sidecar
+from .formats.cast import Cast
+from .formats.hf import INDEX, SINGLE
+from .formats.meta import PARAMS_FILE
+from .formats.pth import PthLayout
+from .formats.safetensors import SafetensorsLayout
+from .formats.storage import Assembly, Part
+from .tokenizer.bpe import llama3_chat_template
+from .tokenizer.files import hf_tokenizer, meta_tokenizer
 from .weights import Row, half_to_interleaved, interleaved_to_half, sizes
 
 DEFAULT_SHARD_SIZE = "5GB"

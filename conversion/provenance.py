@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from hf_llama3 import __version__
 from hf_llama3.errors import UserError
+from hf_llama3.files.facts import EVALUATIONS, TRAINING_FACTS, __version__
+from hf_llama3.files.json import read_json, to_json
 
-from .manifest import EVALUATIONS, TRAINING_FACTS, read_json, to_json
 from .plan import Plan
 from .verify import VerificationReport
 

@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from hf_llama3.errors import UserError
+from hf_llama3.files.progress import byte_bar
 
-from .cast import Cast
 from .checkpoint import Checkpoint
-from .hf_config import GEOMETRY
-from .manifest import byte_bar
+from .config.hf import GEOMETRY
+from .config.params import MissingFlag
+from .formats.cast import Cast
+from .formats.storage import Dtype, to_floats
 from .opening import open_checkpoint
-from .params import MissingFlag
 from .plan import assemble
-from .storage import Dtype, to_floats
-from .tokenizer_proof import compare_tokenizers
+from .tokenizer.proof import compare_tokenizers
 from .weights import sizes
 
 COMPARED = (*GEOMETRY, "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")

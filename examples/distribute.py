@@ -11,9 +11,9 @@ import argparse
 import os
 from pathlib import Path
 
-from hf_llama3.generation import load_model
-from hf_llama3.generation.parallel import join
-from hf_llama3.generation.prompts import Job, complete
+from hf_llama3.distributed.parallel import join
+from hf_llama3.text.loading import load_model
+from hf_llama3.text.prompts import Job, complete
 
 PROMPTS = ["The statement", "A class", "If the", "Names"]
 

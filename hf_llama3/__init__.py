@@ -3,9 +3,9 @@
 `import hf_llama3` makes the Auto classes know the model type "llama3"; what is named below is imported when it is used.
 """
 
-from importlib.metadata import version
+from importlib import import_module
 
-from .lazy import on_use
+from .files.facts import __version__
 from .registration import register
 
 # Public name -> the module that holds it
@@ -18,14 +18,20 @@ _HOMES = {
     "Llama3ForTokenClassification": "modeling_llama3",
     "Llama3ForQuestionAnswering": "modeling_llama3",
     "load_meta": "conversion.load",
-    "optimize": "generation.optimization",
-    "restore": "generation.optimization",
+    "optimize": "cpu.optimization",
+    "restore": "cpu.optimization",
 }
-_SUBPACKAGES = ("conversion", "generation", "model_card", "training")
+_SUBPACKAGES = ("conversion", "model_card", "training")
 
-__version__ = version("hf_llama3")
 __all__ = [*_HOMES, "__version__"]
-__getattr__ = on_use(__name__, _HOMES, _SUBPACKAGES)
+
+
+def __getattr__(name):
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _SUBPACKAGES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():

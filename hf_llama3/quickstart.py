@@ -29,12 +29,13 @@ def quickstart(output, text=None) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .conversion import convert, verify
-    from .conversion.staging import system_errors
-    from .generation import generate_text
+    from .files.atomic import system_errors
     from .model_card import build_card, write_card
-    from .training import Settings, train
+    from .text.completion import generate_text
     from .training.data import survey
     from .training.output import check_free
+    from .training.recipe import train
+    from .training.settings import Settings
 
     output, started = Path(output), time.perf_counter()
     check_free(output)

@@ -47,8 +47,8 @@ def register():
 
     @when_imported("transformers.quantizers.auto")
     def add_packed_folders(auto):
-        from .conversion.hf_config import PACKED
-        from .generation.quantizer import PackedConfig, PackedQuantizer
+        from .conversion.config.hf import PACKED
+        from .cpu.quantizer import PackedConfig, PackedQuantizer
 
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[PACKED] = PackedConfig
         auto.AUTO_QUANTIZER_MAPPING[PACKED] = PackedQuantizer

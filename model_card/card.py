@@ -6,20 +6,14 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from hf_llama3 import __version__
 from hf_llama3.conversion import CheckpointInfo, inspect
-from hf_llama3.conversion.manifest import (
-    CHECKSUMS,
-    CURVES_FILE,
-    HEX_DIGITS,
-    byte_bar,
-    hash_file,
-    read_json,
-    read_sums,
-)
 from hf_llama3.conversion.provenance import read_evaluations, read_provenance, read_training
-from hf_llama3.conversion.staging import system_errors, write_file
 from hf_llama3.errors import UserError
+from hf_llama3.files.atomic import system_errors, write_file
+from hf_llama3.files.facts import CURVES_FILE, __version__
+from hf_llama3.files.hashes import CHECKSUMS, HEX_DIGITS, hash_file, read_sums
+from hf_llama3.files.json import read_json
+from hf_llama3.files.progress import byte_bar
 from hf_llama3.presets import VOCAB_SIZE
 from hf_llama3.remote_code import CODE_FILES, carries_code
 

@@ -6,10 +6,10 @@ from glob import escape
 from pathlib import Path
 
 from hf_llama3.conversion import inspect
-from hf_llama3.conversion.hf_checkpoint import INDEX
+from hf_llama3.conversion.formats.hf import INDEX
 from hf_llama3.conversion.hub import endpoint
-from hf_llama3.conversion.staging import system_errors, write_files
 from hf_llama3.errors import UserError
+from hf_llama3.files.atomic import system_errors, write_files
 
 from .card import CARD, as_list, build_card, is_made_here, read_card, write_card
 from .front_matter import check_card

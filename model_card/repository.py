@@ -5,10 +5,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from hf_llama3.conversion import CheckpointInfo
-from hf_llama3.conversion.hf_checkpoint import INDEX
-from hf_llama3.conversion.manifest import CHECKSUMS, CURVES_FILE, EVALUATIONS, TRAINING_FACTS, check_sums, read_json
+from hf_llama3.conversion.formats.hf import INDEX
 from hf_llama3.conversion.provenance import PROVENANCE, read_provenance
 from hf_llama3.errors import UserError
+from hf_llama3.files.facts import CURVES_FILE, EVALUATIONS, TRAINING_FACTS
+from hf_llama3.files.hashes import CHECKSUMS, check_sums
+from hf_llama3.files.json import read_json
 from hf_llama3.remote_code import AUTO_MAP, CODE_FILES, carries_code, code_files
 
 from .card import CARD, version_of

@@ -8,7 +8,7 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
-from hf_llama3.cli import main
+from hf_llama3.cli.main import main
 
 
 def run(*arguments, cwd=None, code=0, fresh=False, **environment):

@@ -70,7 +70,7 @@ def test_light_commands_import_neither_torch_nor_transformers(command, meta, tmp
     }[command]
     code = (
         f"import sys; sys.argv = ['hf-llama3', *{arguments!r}]\n"
-        "from hf_llama3.cli import app\n"
+        "from hf_llama3.cli.main import app\n"
         "try: app()\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys(), [m for m in sys.modules if m.startswith('t')]"
@@ -82,7 +82,7 @@ def test_light_commands_import_neither_torch_nor_transformers(command, meta, tmp
 def test_a_command_ends_without_a_search_for_garbage():
     code = (
         "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count()))\n"
-        "from hf_llama3.cli import main; sys.argv = ['hf-llama3', '--version']; main()"
+        "from hf_llama3.cli.main import main; sys.argv = ['hf-llama3', '--version']; main()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(result.stdout.splitlines()[-1]) > 0

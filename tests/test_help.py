@@ -8,7 +8,7 @@ import typer.main
 from checkpoints import params, write_meta
 from command_line import refuse, run
 
-from hf_llama3.cli import app
+from hf_llama3.cli.main import app
 
 GROUP = typer.main.get_command(app)
 

@@ -38,7 +38,7 @@ def test_tokenizer_is_in_metas_format(tmp_path):
     from tiktoken.load import load_tiktoken_bpe
     from tokenizers import Tokenizer
 
-    from hf_llama3.conversion.tokenizer import PATTERN
+    from hf_llama3.conversion.tokenizer.bpe import PATTERN
     from hf_llama3.training.tokenizer import tiktoken_tokenizer, train_bpe
 
     text = module.python_documentation()

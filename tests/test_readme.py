@@ -12,7 +12,7 @@ import typer.main
 from checkpoints import params, real_tokenizer, write_meta
 from command_line import run
 
-from hf_llama3.cli import app
+from hf_llama3.cli.main import app
 from hf_llama3.quickstart import python_documentation
 
 ROOT = Path(__file__).parent.parent

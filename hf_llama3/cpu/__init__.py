@@ -1,1 +1,3 @@
-"""Speed on a processor: what it can do, and products that suit it."""
+"""Fast generation on a processor: `optimize` and what it puts in place."""
+
+QUANTIZATIONS = ("int8", "int4")

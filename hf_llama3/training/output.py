@@ -10,14 +10,15 @@ from safetensors import SafetensorError
 
 from hf_llama3.conversion import convert
 from hf_llama3.conversion.checkpoint import Checkpoint
-from hf_llama3.conversion.hf_config import make_portable
-from hf_llama3.conversion.manifest import CURVES_FILE, TRAINING_FACTS, read_json, to_json
+from hf_llama3.conversion.config.hf import make_portable
 from hf_llama3.conversion.provenance import PROVENANCE
-from hf_llama3.conversion.staging import is_taken, parent_of, system_errors, write_files
 from hf_llama3.errors import UserError
+from hf_llama3.files.atomic import is_taken, parent_of, system_errors, write_files
+from hf_llama3.files.facts import CURVES_FILE, TRAINING_FACTS
+from hf_llama3.files.json import read_json, to_json
+from hf_llama3.files.picture import plot_curves
 
 from .data import Text
-from .plot import plot_curves
 from .prepare import FOLDER
 from .settings import Settings, differences
 

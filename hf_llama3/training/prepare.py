@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_llama3.conversion.manifest import byte_bar, read_json, to_json
-from hf_llama3.conversion.staging import write_files
 from hf_llama3.errors import UserError
+from hf_llama3.files.atomic import write_files
+from hf_llama3.files.json import read_json, to_json
+from hf_llama3.files.progress import byte_bar
 
 from .data import Text, map_tokens, read_range, write_tokens
 from .settings import Settings

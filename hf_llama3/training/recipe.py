@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from hf_llama3.configuration_llama3 import Llama3Config
-from hf_llama3.conversion.params import feed_forward_size
+from hf_llama3.conversion.config.params import feed_forward_size
 from hf_llama3.conversion.provenance import name_of
 from hf_llama3.cpu import processor
 from hf_llama3.errors import UserError
@@ -30,10 +30,9 @@ from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 from .data import ConsecutiveWindows, ShuffledWindows, survey
 from .output import finish_run, last_checkpoint, run_errors, start_run
 from .prepare import FOLDER, prepare, read_prepared
-from .progress import ProgressBar
 from .settings import Settings
 from .source import add_adapters, load_source, open_source
-from .trainer import TextTrainer, WholeCheckpoints
+from .trainer import ProgressBar, TextTrainer, WholeCheckpoints
 
 SAMPLE_TOKENS = 100
 FSDP_SINCE = "5.23.0"  # of transformers, whose Trainer takes a model that was divided while it was loaded

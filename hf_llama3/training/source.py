@@ -7,7 +7,7 @@ import torch
 from hf_llama3.conversion.checkpoint import Checkpoint
 from hf_llama3.conversion.load import load_meta
 from hf_llama3.conversion.opening import open_checkpoint
-from hf_llama3.conversion.tokenizer_files import hf_tokenizer
+from hf_llama3.conversion.tokenizer.files import hf_tokenizer
 from hf_llama3.errors import UserError
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 

@@ -4,9 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_llama3.conversion.manifest import read_json, to_json
-from hf_llama3.conversion.meta_checkpoint import TOKENIZER_FILE
-from hf_llama3.conversion.tokenizer import (
+from hf_llama3.conversion.formats.meta import TOKENIZER_FILE
+from hf_llama3.conversion.tokenizer.bpe import (
     NUM_SPECIAL_TOKENS,
     PATTERN,
     byte_characters,
@@ -18,8 +17,9 @@ from hf_llama3.conversion.tokenizer import (
     token_ids,
     tokenizer_kind,
 )
-from hf_llama3.conversion.tokenizer_files import PORTABLE_CLASS, copy_files
+from hf_llama3.conversion.tokenizer.files import PORTABLE_CLASS, copy_files
 from hf_llama3.errors import UserError
+from hf_llama3.files.json import read_json, to_json
 
 VERSION = "3.1"  # whose special tokens a new tokenizer gets: the first with one for padding
 NUM_BYTES = 256  # every byte is a token, so that any text can be encoded

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_llama3.conversion import convert, inspect, load_meta, verify
-from hf_llama3.conversion.meta_checkpoint import fold_repeated_heads
+from hf_llama3.conversion.config.params import config_to_params
+from hf_llama3.conversion.formats.meta import fold_repeated_heads
+from hf_llama3.conversion.formats.pth import PthLayout
+from hf_llama3.conversion.formats.storage import BY_NAME, write_all
 from hf_llama3.conversion.opening import open_checkpoint
-from hf_llama3.conversion.params import config_to_params
-from hf_llama3.conversion.pth import PthLayout
-from hf_llama3.conversion.storage import BY_NAME, write_all
 from hf_llama3.conversion.weights import rows, sizes
 from hf_llama3.errors import UserError
 from hf_llama3.presets import config_of

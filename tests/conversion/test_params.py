@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig
 
 from hf_llama3 import Llama3Config
-from hf_llama3.conversion.hf_config import portable_config, read_config
-from hf_llama3.conversion.params import (
+from hf_llama3.conversion.config.hf import portable_config, read_config
+from hf_llama3.conversion.config.params import (
     MissingFlag,
     config_to_params,
     feed_forward_size,
@@ -19,7 +19,7 @@ from hf_llama3.conversion.params import (
     params_to_config,
     read_params,
 )
-from hf_llama3.conversion.sidecar import CONFIG_KEYS, SIDECAR, make_sidecar, read_sidecar
+from hf_llama3.conversion.config.sidecar import CONFIG_KEYS, SIDECAR, make_sidecar, read_sidecar
 from hf_llama3.errors import UserError
 from hf_llama3.presets import PRESETS, config_of, llama3_scaling
 

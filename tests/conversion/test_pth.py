@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_llama3.conversion.pth import PthLayout, read_pth
-from hf_llama3.conversion.storage import BY_NAME, write_all
+from hf_llama3.conversion.formats.pth import PthLayout, read_pth
+from hf_llama3.conversion.formats.storage import BY_NAME, write_all
 from hf_llama3.errors import UserError
 
 TENSORS = {

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
-from hf_llama3.conversion import tokenizer as ours
-from hf_llama3.conversion.tokenizer_proof import hard_texts
+from hf_llama3.conversion.tokenizer import bpe as ours
+from hf_llama3.conversion.tokenizer.proof import hard_texts
 from hf_llama3.errors import UserError
 
 CONFIG = {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "pad_token_id": 128004}

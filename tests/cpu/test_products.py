@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_llama3.cpu import kernels, processor
-from hf_llama3.cpu.kernels import Int4Kernel, Int8Kernel, PlainKernel
+from hf_llama3.cpu import processor
+from hf_llama3.cpu.kernels import linear as kernels
+from hf_llama3.cpu.kernels.linear import Int4Kernel, Int8Kernel, PlainKernel
 from hf_llama3.cpu.processor import Processor
 from hf_llama3.errors import UserError
 
@@ -153,7 +154,7 @@ def test_threads_share_the_work(kind, monkeypatch):
 
 def test_threads_without_torchs_own(monkeypatch):
     """Where torch has no libgomp a pool of Python's threads does the same."""
-    from hf_llama3.cpu import machine_code, products
+    from hf_llama3.cpu.kernels import machine_code, products
 
     monkeypatch.setattr(kernels, "SMALL", 0)
     monkeypatch.setattr(processor, "threads", lambda: 3)

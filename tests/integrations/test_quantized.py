@@ -7,9 +7,9 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import hf_llama3
+from hf_llama3.cpu import compiled
 from hf_llama3.errors import UserError
-from hf_llama3.generation import compiled
-from hf_llama3.generation.speed import weight_bytes
+from hf_llama3.measure.bench import weight_bytes
 
 pytestmark = pytest.mark.integrations
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_llama3
 from hf_llama3.cpu import processor
 from hf_llama3.cpu.processor import Processor
-from hf_llama3.generation.evaluation import sum_of_losses
+from hf_llama3.measure.evaluation import sum_of_losses
 from hf_llama3.quickstart import python_documentation
 
 pytestmark = pytest.mark.integrations

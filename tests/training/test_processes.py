@@ -48,7 +48,7 @@ def test_two_processes_are_as_one(way, alone, text, tmp_path):
 
 KILL = """
 import os, signal
-from hf_llama3.cli import main
+from hf_llama3.cli.main import main
 from hf_llama3.training import recipe
 original = recipe.TextTrainer.training_step
 def stop(self, *args, **kwargs):

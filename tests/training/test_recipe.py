@@ -19,11 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_llama3.conversion import convert, inspect
 from hf_llama3.cpu import processor
 from hf_llama3.errors import UserError
-from hf_llama3.training import make_settings, train
 from hf_llama3.training import recipe as module
 from hf_llama3.training.output import last_checkpoint
-from hf_llama3.training.recipe import make_config
-from hf_llama3.training.settings import PRESETS
+from hf_llama3.training.recipe import make_config, train
+from hf_llama3.training.settings import PRESETS, make_settings
 
 SHAPE = {"layers": 2, "hidden_size": 32, "heads": 2, "kv_heads": 1, "context": 32}
 SMALL = make_settings(tokenizer="char", steps=12, batch_size=4, eval_every=4, dropout=0.1, **SHAPE)
@@ -99,7 +98,8 @@ def test_same_seed_same_model(trained, text, tmp_path):
 
 KILL = """
 import os, signal, sys
-from hf_llama3.training import recipe, train
+from hf_llama3.training import recipe
+from hf_llama3.training.recipe import train
 import test_recipe
 at, text, output = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 original = recipe.TextTrainer.training_step
@@ -169,7 +169,7 @@ def test_full_disk(text, tmp_path):
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
-        "from hf_llama3.cli import main; sys.argv[0] = 'hf-llama3'; main()"
+        "from hf_llama3.cli.main import main; sys.argv[0] = 'hf-llama3'; main()"
     )
     shape = ["--layers", "2", "--hidden-size", "32", "--heads", "2", "--kv-heads", "1", "--context", "32"]
     command = ["train", "--text", text, "--output", tmp_path / "out", *shape, "--tokenizer", "char", "--steps", "4"]

@@ -1,0 +1,150 @@
+"""config.json and generation_config.json: read in every spelling, written so that every reader understands them."""
+
+from pathlib import Path
+
+from hf_llama3.errors import UserError
+from hf_llama3.files.json import read_json, to_json
+from hf_llama3.presets import llama3_scaling
+from hf_llama3.remote_code import AUTO_MAP
+
+UPSTREAM_ROPE_THETA = 10000.0  # what `model_type: llama` means where it does not say (`LlamaConfig.default_theta`)
+KNOWN_TYPES = {"llama": "LlamaForCausalLM", "llama3": "Llama3ForCausalLM"}
+OTHER_TYPES = {"mllama": "a vision model", "llama4": "Llama 4", "llama4_text": "Llama 4"}
+LARGEST = 2**40  # beyond any number of a model
+GEOMETRY = {  # key -> its type
+    "vocab_size": int,
+    "hidden_size": int,
+    "intermediate_size": int,
+    "num_hidden_layers": int,
+    "num_attention_heads": int,
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "max_position_embeddings": int,
+    "rms_norm_eps": float,
+}
+PASSED_ON = {  # written as they are found, or as every Llama has them
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "initializer_range": 0.02,
+    "use_cache": True,
+}
+LLAMA3_SCALING = tuple(llama3_scaling(8.0))[1:]  # its keys, without the type
+PACKED = "hf_llama3"  # `quant_method` in the configuration of a folder that `hf-llama3 pack` made
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def read_config(path: Path) -> dict:
+    """Read a config.json of type llama or llama3 into the one spelling that this package uses.
+
+    Returns:
+        Every key of `GEOMETRY`, `TOKEN_IDS` and `PASSED_ON`, `rope_parameters` and `tie_word_embeddings`.
+
+    Raises:
+        UserError: naming a key that is missing, malformed or contradictory, or what the file describes instead.
+    """
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in KNOWN_TYPES:
+        meaning = f" ({OTHER_TYPES[kind]})" if isinstance(kind, str) and kind in OTHER_TYPES else ""
+        raise UserError(f"`model_type` in {path} must be one of {sorted(KNOWN_TYPES)}, got {kind!r}{meaning}")
+    if raw.get("quantization_config"):
+        how = "packed" if is_packed(raw) else "quantised"
+        raise UserError(f"{path} describes {how} weights (`quantization_config`); take the original ones")
+    if raw.get("attention_bias") or raw.get("mlp_bias"):
+        raise UserError(f"{path} describes projections with biases, which the conversions do not know")
+    if raw.get("hidden_act", PASSED_ON["hidden_act"]) != PASSED_ON["hidden_act"]:
+        raise UserError(f"`hidden_act` in {path} must be 'silu' as in every Llama, got {raw['hidden_act']!r}")
+
+    config = {key: raw.get(key) for key in GEOMETRY}
+    if config["num_key_value_heads"] is None:
+        config["num_key_value_heads"] = config["num_attention_heads"]
+    check_numbers({key: value for key, value in config.items() if key != "head_dim"}, path)
+    if config["head_dim"] is None:
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    check_numbers(config, path)
+    if config["num_attention_heads"] % config["num_key_value_heads"]:
+        heads = f"{config['num_attention_heads']} and {config['num_key_value_heads']}"
+        raise UserError(f"{path}: `num_attention_heads` must be a multiple of `num_key_value_heads`, got {heads}")
+    if config["head_dim"] % 2:
+        reason = "since RoPE turns pairs of channels"
+        raise UserError(f"`head_dim` in {path} must be even, {reason}, got {config['head_dim']}")
+
+    config["rope_parameters"] = read_rope(raw, path)
+    config["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
+    config |= {key: raw.get(key) for key in TOKEN_IDS}
+    return config | {key: raw.get(key, usual) for key, usual in PASSED_ON.items()}
+
+
+def is_packed(raw: dict) -> bool:
+    """Tell whether a config.json is that of a folder which `hf-llama3 pack` made."""
+    quantization = raw.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == PACKED
+
+
+def check_numbers(config: dict, path: Path):
+    for key, value in config.items():
+        number = GEOMETRY[key]
+        if type(value) not in ((int, float) if number is float else (int,)) or not 0 < value < LARGEST:
+            raise UserError(f"`{key}` in {path} must be a positive {number.__name__}, got {value!r}")
+
+
+def read_rope(raw: dict, path: Path) -> dict:
+    """Gather what version 4 writes as `rope_theta` and `rope_scaling` and version 5 as `rope_parameters`."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"`rope_parameters` in {path} must be a JSON object, got {rope!r}")
+    rope = dict(rope)
+    theta = rope.pop("rope_theta", None) or raw.get("rope_theta")
+    if theta is None and raw["model_type"] == "llama":
+        theta = UPSTREAM_ROPE_THETA
+    rope_type = rope.pop("rope_type", None) or rope.get("type") or "default"
+    rope.pop("type", None)
+    needed = LLAMA3_SCALING if rope_type == "llama3" else ()
+    for key, value in {"rope_theta": theta, **{key: rope.get(key) for key in needed}}.items():
+        if type(value) not in (int, float) or not 0 < value < LARGEST:
+            raise UserError(f"`{key}` of the RoPE in {path} must be a positive number, got {value!r}")
+    return {"rope_theta": float(theta), "rope_type": rope_type} | rope
+
+
+def portable_config(config: dict, dtype: str, written_as: str) -> dict:
+    """Spell a configuration so that transformers 4 and 5 and the engines that read config.json agree on it.
+
+    Version 4 knows `rope_theta`, `rope_scaling` and `torch_dtype` only, and without them takes a theta of 10000 in
+    silence; version 5 reads both spellings.
+    """
+    rope = config["rope_parameters"]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {
+        "architectures": [KNOWN_TYPES[written_as]],
+        "model_type": written_as,
+        **({"auto_map": AUTO_MAP} if written_as == "llama3" else {}),
+        **{key: config[key] for key in (*GEOMETRY, *TOKEN_IDS, "tie_word_embeddings")},
+        **{key: config.get(key, usual) for key, usual in PASSED_ON.items()},
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def generation_config(config: dict, given: dict | None) -> dict:
+    """Return generation_config.json: the one that came with the model, else the values published with every Llama 3."""
+    if given is not None:
+        return given
+    ids = {key: config[key] for key in TOKEN_IDS if config[key] is not None}
+    return ids | {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+
+
+def make_portable(folder: Path, generation: dict | None = None):
+    """Rewrite the config.json that `save_pretrained` made of this package's model as the one that every tool reads.
+
+    Args:
+        generation: generation_config.json, where another than the usual belongs to the model.
+    """
+    path = folder / "config.json"
+    dtype = read_json(path).get("dtype") or "float32"
+    path.write_bytes(to_json(portable_config(read_config(path), dtype, "llama")))
+    (folder / "generation_config.json").write_bytes(to_json(generation_config(read_config(path), generation)))

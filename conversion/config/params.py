@@ -1,0 +1,218 @@
+"""params.json and config.json: the same model in two spellings, neither of which says all that the other does.
+
+Inside this room a configuration is the dictionary that `hf_config.read_config` returns, so that nothing here needs
+transformers. What params.json has no place for stands in a file beside it, see `sidecar.py`.
+"""
+
+from pathlib import Path
+
+from hf_llama3.errors import UserError
+from hf_llama3.files.json import read_json
+from hf_llama3.presets import LONG_CONTEXT, ORIGINAL_CONTEXT, PRESETS, ROPE_THETA, llama3_scaling
+
+from .hf import LARGEST
+from .sidecar import SIDECAR
+
+LLAMA2_ROPE_THETA = 10000.0  # what a params.json that does not say means (llama-models 0.3.0, Llama 2's `ModelArgs`)
+CODE_LLAMA_ROPE_THETA = 1e6
+LLAMA2_VOCABULARIES = (32000, 32016)  # Llama 2, and Code Llama with its infilling tokens
+
+# params.json: key -> its type, whether it must be there
+PARAMS = {
+    "dim": (int, True),
+    "n_layers": (int, True),
+    "n_heads": (int, True),
+    "n_kv_heads": (int, False),
+    "norm_eps": (float, True),
+    "vocab_size": (int, False),
+    "multiple_of": (int, False),
+    "ffn_dim_multiplier": (float, False),
+    "rope_theta": (float, False),
+    "use_scaled_rope": (bool, False),
+    "rope_scaling_factor": (float, False),  # not Meta's, but other tools'
+    "max_batch_size": (int, False),  # of the run, not of the model
+    "max_seq_len": (int, False),
+}
+REFUSED = {
+    "quantization_args": "quantised weights",
+    "lora_args": "weights with LoRA adapters beside them",
+    "vision_model": "a vision model",
+    "vision_chunk_size": "a vision model",
+    "moe_args": "a mixture of experts (Llama 4)",
+}
+# (multiple_of, ffn_dim_multiplier) of the released models, tried before others when one is to be found.
+RELEASED_MULTIPLIERS = ((256, 1.5), (256, None), (4096, 1.3), (1024, 1.3), (4096, 1.2))
+
+
+def params_to_config(
+    params: dict, path: Path, vocab_size: int, given_factor: float | None = None, kept_factor: float | None = None
+) -> tuple[dict, list[str]]:
+    """Translate what `read_params` read.
+
+    Args:
+        vocab_size: the embedding's rows, since Llama 2's file says -1.
+        given_factor, kept_factor: the RoPE factor, as the user gives it and as the sidecar keeps it.
+
+    Returns:
+        The configuration, without token ids and tying, and what was inferred, as sentences.
+
+    Raises:
+        UserError: naming the keys that contradict each other, or the flag that is needed.
+    """
+    if params.get("vocab_size", -1) not in (-1, vocab_size):
+        raise UserError(f"{path} says vocab_size {params['vocab_size']}, but the embedding has {vocab_size} rows")
+    heads, dim = params["n_heads"], params["dim"]
+    kv_heads = params.get("n_kv_heads") or heads
+    if heads % kv_heads or dim % heads:
+        chain = "`dim` must be a multiple of `n_heads`, and that of `n_kv_heads`"
+        raise UserError(f"{path}: {chain}, got {dim}, {heads} and {kv_heads}")
+    theta = float(params.get("rope_theta", LLAMA2_ROPE_THETA))
+    inferred = []
+    if params.get("use_scaled_rope"):
+        factor, why = infer_rope_factor(params, path, given_factor, kept_factor)
+        inferred.append(f"RoPE factor {factor:g}: {why}")
+        rope, context = {"rope_theta": theta} | llama3_scaling(factor), LONG_CONTEXT
+    elif given_factor is not None:
+        raise UserError(f"{path} does not scale RoPE (`use_scaled_rope`); leave out --rope-factor {given_factor:g}")
+    else:
+        rope = {"rope_theta": theta, "rope_type": "default"}
+        context = {ROPE_THETA: ORIGINAL_CONTEXT, CODE_LLAMA_ROPE_THETA: 16384}.get(theta, 4096)
+    config = {
+        "vocab_size": vocab_size,
+        "hidden_size": dim,
+        "intermediate_size": feed_forward_size(dim, params.get("multiple_of", 256), params.get("ffn_dim_multiplier")),
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": dim // heads,
+        "max_position_embeddings": context,
+        "rms_norm_eps": float(params["norm_eps"]),
+        "rope_parameters": rope,
+    }
+    return config, inferred
+
+
+def read_params(path: Path) -> dict:
+    """Read params.json.
+
+    Raises:
+        UserError: naming a key that is missing, malformed, or says that this is no Llama 3 text model.
+    """
+    params = {key: value for key, value in read_json(path).items() if value is not None}
+    for key, meaning in REFUSED.items():
+        if params.get(key) not in (None, -1, {}):
+            raise UserError(f"{path} describes {meaning} (`{key}`), which has no Llama 3 text model to become")
+    for key, (kind, required) in PARAMS.items():
+        if key not in params:
+            if required:
+                raise UserError(f"{path} lacks `{key}`; it is not the params.json of a Llama")
+            continue
+        value = params[key]
+        right_type = type(value) in ((int, float) if kind is float else (kind,))
+        if not right_type or not (kind is bool or 0 < value < LARGEST or (key == "vocab_size" and value == -1)):
+            raise UserError(f"`{key}` in {path} must be a positive {kind.__name__}, got {value!r}")
+    if unknown := sorted(params.keys() - PARAMS.keys() - REFUSED.keys()):
+        raise UserError(f"{path} holds {unknown}, which no Llama of Meta's has; remove what does not change the model")
+    return params
+
+
+class MissingFlag(UserError):
+    """Name the flag that says what no file does."""
+
+
+def infer_rope_factor(params: dict, path: Path, given: float | None, kept: float | None) -> tuple[float, str]:
+    """Find what `use_scaled_rope` leaves out: Meta wrote 8 into its code for 3.1 and 3.3, and 32 was used for 3.2."""
+    if given is not None:
+        return float(given), "given by --rope-factor"
+    if kept is not None:
+        return float(kept), f"says {SIDECAR}"
+    if params.get("rope_scaling_factor") is not None:
+        return float(params["rope_scaling_factor"]), "says params.json"
+    shape = (params["dim"], params["n_layers"], params["n_heads"])
+    for name, preset in PRESETS.items():
+        if preset.rope_factor and shape == (preset.hidden_size, preset.num_hidden_layers, preset.num_attention_heads):
+            return preset.rope_factor, f"the shape is that of Llama {name}"
+    raise MissingFlag(
+        f"{path} says `use_scaled_rope` but not the factor, and {shape[1]} layers of {shape[0]} are no released model; "
+        "add --rope-factor (8 in Llama 3.1 and 3.3, 32 in Llama 3.2)"
+    )
+
+
+def feed_forward_size(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """Compute the feed-forward's width as llama-models 0.3.0, models/llama3/model.py, `FeedForward` does."""
+    size = int(2 * (4 * dim) / 3)
+    if ffn_dim_multiplier is not None:
+        size = int(ffn_dim_multiplier * size)
+    return multiple_of * -(-size // multiple_of)
+
+
+def find_multiplier(dim: int, size: int) -> tuple[int, float | None]:
+    """Find `multiple_of` and `ffn_dim_multiplier` from which `feed_forward_size` gives `size`.
+
+    Raises:
+        UserError: there is none.
+    """
+    largest = size & -size  # the largest power of two that divides it
+    candidates = [*RELEASED_MULTIPLIERS, (largest, None)]
+    base = feed_forward_size(dim, 1, None)
+    candidates += [(step, round(size / base, digits)) for digits in range(1, 8) for step in (256, largest, 1)]
+    candidates += [(1, (size + 0.5) / base)]
+    for multiple_of, multiplier in candidates:
+        if feed_forward_size(dim, multiple_of, multiplier) == size:
+            return multiple_of, multiplier
+    raise UserError(f"no `multiple_of` and `ffn_dim_multiplier` give a feed-forward of {size} for a width of {dim}")
+
+
+def config_to_params(config: dict, path: Path, kv_heads: int) -> dict:
+    """Translate config.json into what Meta's `ModelArgs` takes, and nothing else; `kv_heads` as they are written.
+
+    Raises:
+        UserError: the model has something that Meta's format cannot say.
+    """
+    heads, hidden, rope = config["num_attention_heads"], config["hidden_size"], config["rope_parameters"]
+    if config["head_dim"] * heads != hidden:
+        raise UserError(
+            f"{path}: Meta's format needs `head_dim` x `num_attention_heads` = `hidden_size`, "
+            f"got {config['head_dim']} x {heads} and {hidden}"
+        )
+    scaled = rope["rope_type"] != "default"
+    if scaled and {**rope, "factor": 0, "rope_theta": 0} != {**llama3_scaling(0), "rope_theta": 0}:
+        raise UserError(f"{path}: Meta's format knows plain RoPE and Llama 3.1's scaling of 8192 tokens, got {rope}")
+    multiple_of, multiplier = find_multiplier(hidden, config["intermediate_size"])
+    params = {
+        "dim": hidden,
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": heads,
+        "n_kv_heads": kv_heads,
+        "vocab_size": config["vocab_size"],
+        "multiple_of": multiple_of,
+        "ffn_dim_multiplier": multiplier,
+        "norm_eps": config["rms_norm_eps"],
+        "rope_theta": rope["rope_theta"],
+        "use_scaled_rope": scaled or None,  # the Llama 3.0 files and their readers do not know the key
+    }
+    return {key: value for key, value in params.items() if value is not None}
+
+
+def infer_version(config: dict, family: str | None, given: str | None, path: Path) -> tuple[str, str]:
+    """Tell the version of Llama, and why: it decides the special tokens' names and how shards divide the embedding.
+
+    Args:
+        family: "2" or "3" where the tokenizer tells it.
+        given: what the user says.
+
+    Raises:
+        UserError: the user says something else than the tokenizer.
+    """
+    if given is not None:
+        if family is not None and given[0] != family:
+            raise UserError(f"the tokenizer of {path} is Llama {family}'s; leave out --llama-version {given}")
+        return given, "given by --llama-version"
+    rope = config["rope_parameters"]
+    if family == "2":
+        return "2", "the tokenizer is a sentencepiece model"
+    if family is None and config["vocab_size"] in LLAMA2_VOCABULARIES:
+        return "2", f"the vocabulary has {config['vocab_size']} tokens"
+    if rope["rope_type"] != "llama3":
+        return "3.0", "RoPE is not scaled"
+    return ("3.2" if rope["factor"] == 32 else "3.1"), f"the RoPE factor is {rope['factor']:g}"

@@ -1,0 +1,56 @@
+"""What Hugging Face's files say and Meta's have no place for, kept in a file of its own beside params.json.
+
+Without it a conversion to Meta's format and back would forget the context window, the RoPE factor, the token ids, the
+names of the special tokens and the chat template. Meta's readers do not look at the file.
+"""
+
+from pathlib import Path
+
+from hf_llama3.errors import UserError
+from hf_llama3.files.json import read_json
+
+from .hf import PASSED_ON, TOKEN_IDS
+
+SIDECAR = "huggingface.json"
+CONFIG_KEYS = ("max_position_embeddings", *TOKEN_IDS, *PASSED_ON)
+TYPES = {
+    "rope_factor": (float, int, type(None)),
+    "num_key_value_heads": (int,),
+    "config": (dict,),
+    "generation_config": (dict, type(None)),
+    "instruct": (bool,),
+    "special_tokens": (list, type(None)),
+    "chat_template": (str, type(None)),
+}
+
+
+def make_sidecar(config: dict, generation_config, instruct: bool, special_tokens, chat_template) -> dict:
+    return {
+        "rope_factor": config["rope_parameters"].get("factor"),
+        "num_key_value_heads": config["num_key_value_heads"],  # params.json counts the copies that shards hold
+        "config": {key: config[key] for key in CONFIG_KEYS if key in config},
+        "generation_config": generation_config,
+        "instruct": instruct,
+        "special_tokens": special_tokens,
+        "chat_template": chat_template,
+    }
+
+
+def read_sidecar(folder: Path) -> dict:
+    """Read the file if it is there, else return an empty dictionary.
+
+    Raises:
+        UserError: it is not what `make_sidecar` makes.
+    """
+    path = folder / SIDECAR
+    if not path.exists():
+        return {}
+    sidecar = read_json(path)
+    for key, types in TYPES.items():
+        if not isinstance(sidecar.get(key, ...), types):
+            raise UserError(f"`{key}` in {path} must be {types[0].__name__}, got {sidecar.get(key)!r}; remove the file")
+    if unknown := sidecar["config"].keys() - set(CONFIG_KEYS):
+        raise UserError(f"`config` in {path} holds {sorted(unknown)}, which params.json decides; remove the file")
+    if not all(isinstance(name, str) for name in sidecar["special_tokens"] or []):
+        raise UserError(f"`special_tokens` in {path} must be names; remove the file")
+    return sidecar

@@ -1,0 +1,1 @@
+"""The files that hold a model's tensors, each read with all that it says checked, and laid out before it is written."""

@@ -1,0 +1,92 @@
+"""A Hugging Face folder, opened with its index and every header checked."""
+
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from hf_llama3.errors import UserError
+from hf_llama3.files.json import read_json
+
+from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, same_tensors
+from ..config.hf import read_config
+from ..config.params import infer_version
+from ..tokenizer.bpe import find_hf_tokenizer, read_chat_template, special_tokens
+from ..weights import EMBEDDING, OUTPUT, rows, without_derived
+from .safetensors import read_safetensors
+from .storage import StoredTensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> Checkpoint:
+    """Open a Hugging Face folder; None means to infer."""
+    config, inferred = read_config(folder / "config.json"), []
+    tensors = find_weights(folder)
+    check_layers(config["num_hidden_layers"], len(tensors), folder)
+    tensors = without_derived(tensors, config["num_hidden_layers"])
+    tokenizer, kind, family = find_hf_tokenizer(folder)
+    version, why = infer_version(config, family, llama_version, folder)
+    inferred.append(f"Llama {version}: {why}")
+    chat_template = read_chat_template(folder)
+    if instruct is None:
+        instruct = chat_template is not None
+        inferred.append("instruct: there is a chat template" if instruct else "base: there is no chat template")
+    if tokenizer is None:
+        inferred.append("no tokenizer: the folder has no tokenizer.json")
+
+    tied = config["tie_word_embeddings"]
+    if tied and EMBEDDING.hf in tensors:
+        tensors.setdefault(OUTPUT.hf, tensors[EMBEDDING.hf])
+    table = rows(config["num_hidden_layers"], embedding_split=1 if version == "2" else 0)
+    check_names(tensors.keys(), {row.hf for row in table}, folder)
+    shards = {name: [tensor] for name, tensor in tensors.items()}
+    check_shapes(table, shards, config, folder, "config.json")
+    if tied and not same_tensors(shards[OUTPUT.hf], shards[EMBEDDING.hf]):
+        raise UserError(f"{folder}: config.json ties {OUTPUT.hf} to {EMBEDDING.hf}, but the file holds two that differ")
+    generation = folder / "generation_config.json"
+    return Checkpoint(
+        *(folder, "hf", config, table, shards, tokenizer, kind, version, instruct),
+        special_tokens=special_tokens(version) if kind == "tiktoken" else None,
+        chat_template=chat_template,
+        generation_config=read_json(generation) if generation.exists() else None,
+        inferred=inferred,
+    )
+
+
+def find_weights(folder: Path) -> dict[str, StoredTensor]:
+    """List the tensors of a Hugging Face folder by name.
+
+    Raises:
+        UserError: there are none, they are in another format, or index and files disagree.
+    """
+    if (folder / INDEX).exists() and (folder / SINGLE).exists():
+        raise UserError(f"{folder} holds both {SINGLE} and {INDEX}; remove the one that is not meant")
+    if (folder / INDEX).exists():
+        return read_sharded(folder)
+    if (folder / SINGLE).exists():
+        return read_safetensors(folder / SINGLE)
+    if list(folder.glob("*.bin")):
+        raise UserError(
+            f"{folder} holds its weights as .bin, which can run code when it is read; load the model in transformers "
+            "and write it again with save_pretrained, which makes safetensors"
+        )
+    raise UserError(f"{folder} has a config.json but no {SINGLE} and no {INDEX}; download the weights")
+
+
+def read_sharded(folder: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{folder / INDEX} must hold a `weight_map` from tensors to files, got {weight_map!r}")
+    tensors = {}
+    for name in sorted({str(file) for file in weight_map.values()}):
+        if {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}:
+            raise UserError(f"{folder / INDEX} must name plain files beside it, got {name!r}; do not trust this folder")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} lacks {name}, which its index names; download it")
+        found = read_safetensors(folder / name)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise UserError(f"{folder / name} holds {twice[0]!r}, which another file holds as well")
+        tensors |= found
+        if found.keys() != (listed := {key for key, file in weight_map.items() if file == name}):
+            differing = sorted(found.keys() ^ listed)
+            raise UserError(f"{folder / INDEX} and {name} disagree about {len(differing)} tensors: {differing[:3]}")
+    return tensors

@@ -1,0 +1,202 @@
+"""A directory of Meta's: recognised and opened, with any number of model-parallel shards.
+
+What lies in one: `params.json`, a `consolidated.NN.pth` for each shard, `tokenizer.model`, `checklist.chk`. Copies on
+the Hub have shards as folders of parts, or as safetensors; some people rename a single shard.
+"""
+
+import re
+from pathlib import Path
+
+from hf_llama3.errors import UserError
+
+from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, same_tensors
+from ..config.params import infer_version, params_to_config, read_params
+from ..config.sidecar import SIDECAR, read_sidecar
+from ..tokenizer.bpe import read_ranks, special_tokens, token_ids, token_ids_without_tokenizer, tokenizer_kind
+from ..weights import EMBEDDING, OUTPUT, Row, rows, without_derived
+from .pth import read_pth
+from .safetensors import read_safetensors
+from .storage import StoredTensor
+
+PARAMS_FILE = "params.json"
+TOKENIZER_FILE = "tokenizer.model"
+SHARD_GLOBS = ("*.pth", "consolidated*.safetensors", "consolidated.*/")
+SHARD_NAME = re.compile(r"consolidated(?:\.(\d+))?(?:\.pth|\.safetensors)?")  # a shard, or its folder of parts
+
+
+def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None, instruct: bool | None) -> Checkpoint:
+    """Open a directory of Meta's; None means to infer."""
+    params_path = folder / PARAMS_FILE
+    params, sidecar = read_params(params_path), read_sidecar(folder)
+    if sidecar and instruct not in (None, sidecar["instruct"]):
+        sidecar = forget_dialogue(sidecar)
+    named = read_shards(folder)
+    vocab_size = count_tokens(named.get(EMBEDDING.meta), params["dim"], folder)
+    config, inferred = params_to_config(params, params_path, vocab_size, rope_factor, sidecar.get("rope_factor"))
+    if not sidecar:
+        context = config["max_position_embeddings"]
+        inferred.append(f"context of {context} tokens: that of the released models with this RoPE")
+
+    tokenizer = folder / TOKENIZER_FILE
+    tokenizer, kind = (tokenizer, tokenizer_kind(tokenizer)) if tokenizer.exists() else (None, None)
+    family = {"tiktoken": "3", "sentencepiece": "2", None: None}[kind]
+    version, why = infer_version(config, family, llama_version, folder)
+    inferred.append(f"Llama {version}: {why}")
+
+    check_layers(config["num_hidden_layers"], len(named), folder)
+    named = without_derived(named, config["num_hidden_layers"])
+    named.setdefault(OUTPUT.meta, named[EMBEDDING.meta])
+    table = rows(config["num_hidden_layers"], embedding_split(named[EMBEDDING.meta], params["dim"], version))
+    check_names(named.keys(), {row.meta for row in table}, folder)
+    shards = {row.hf: named[row.meta] for row in table}
+    check_shapes(table, shards, config, folder, PARAMS_FILE)
+    copies = fold_repeated_heads(table, shards, config, sidecar.get("num_key_value_heads"))
+    if copies:
+        count = config["num_key_value_heads"]
+        inferred.append(f"{count} key/value heads: each is stored {params['n_kv_heads'] // count} times")
+    tied = table[0].split == OUTPUT.split and same_tensors(shards[OUTPUT.hf], shards[EMBEDDING.hf])
+    config["tie_word_embeddings"] = tied
+    inferred.append(f"embeddings {'tied' if tied else 'untied'}: compared with the output head")
+
+    if instruct is None:
+        instruct, why = (sidecar["instruct"], f"says {SIDECAR}") if sidecar else (False, "no file of Meta's says")
+        inferred.append(f"{'instruct' if instruct else 'base'}: {why}")
+    names = sidecar.get("special_tokens")
+    if kind == "tiktoken":
+        names = names or special_tokens(version)
+        config |= token_ids(names, first_special_id(tokenizer, names, vocab_size, inferred), instruct)
+    else:
+        config |= token_ids_without_tokenizer(version, vocab_size, instruct)
+        if kind is None:
+            inferred.append(f"no tokenizer: the folder has no {TOKENIZER_FILE}")
+    return Checkpoint(
+        *(folder, "meta", config | sidecar.get("config", {}), table, shards, tokenizer, kind, version, instruct),
+        special_tokens=names,
+        chat_template=sidecar.get("chat_template"),
+        generation_config=sidecar.get("generation_config"),
+        inferred=inferred,
+        copies=copies,
+    )
+
+
+def read_shards(folder: Path) -> dict[str, list[StoredTensor]]:
+    """List the tensors of a Meta directory by Meta's names, one for each shard.
+
+    Raises:
+        UserError: there are none, one is missing or damaged, or they hold different tensors.
+    """
+    paths = find_shards(folder)
+    shards = [read_shard(path) for path in paths]
+    for path, shard in zip(paths, shards, strict=True):
+        if differing := sorted(shard.keys() ^ shards[0].keys()):
+            raise UserError(f"{path.name} and {paths[0].name} must hold the same tensors, differ in {differing[:3]}")
+    return {name: [shard[name] for shard in shards] for name in shards[0]}
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """List the shards of a Meta directory, files or folders of parts, in their order."""
+    entries = sorted(folder.iterdir())
+    found = {}
+    for path in entries:
+        is_shard = path.is_dir() or (path.is_file() and path.suffix in (".pth", ".safetensors"))
+        if is_shard and (match := SHARD_NAME.fullmatch(path.name)):
+            index = int(match[1] or 0)
+            if index in found:
+                raise UserError(f"{folder} holds shard {index} twice: {found[index].name} and {path.name}; remove one")
+            found[index] = path
+    pickled = [path for path in entries if path.suffix == ".pth" and path.is_file()]
+    if not found and len(pickled) == 1:  # a single shard that was renamed
+        return pickled
+    if not found:
+        raise UserError(f"{folder} holds no consolidated.00.pth; pass the folder that Meta's download made")
+    if missing := set(range(max(found) + 1)) - found.keys():
+        count = max(found) + 1
+        raise UserError(
+            f"{folder} lacks shard {min(missing)} of {count} (consolidated.{min(missing):02d}.pth); download it"
+        )
+    return [found[index] for index in sorted(found)]
+
+
+def read_shard(path: Path) -> dict[str, StoredTensor]:
+    """List the tensors of a shard, which may be a folder of parts with some of them each."""
+    if not path.is_dir():
+        return read_pth(path) if path.suffix == ".pth" else read_safetensors(path)
+    parts = sorted(part for part in path.iterdir() if part.suffix in (".pth", ".safetensors") and part.is_file())
+    if not parts:
+        raise UserError(f"{path} holds no .pth file; download the parts of this shard")
+    tensors = {}
+    for part in parts:
+        found = read_shard(part)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise UserError(f"{part} holds {twice[0]!r}, which another part holds as well")
+        tensors |= found
+    return tensors
+
+
+def count_tokens(shards: list[StoredTensor] | None, dim: int, folder: Path) -> int:
+    """Return the rows of the embedding, whether shards divide those or the columns."""
+    if not shards:
+        raise UserError(f"{folder} lacks 1 tensor: {EMBEDDING.meta!r}")
+    shapes = {tensor.shape for tensor in shards}
+    shape = next(iter(shapes))
+    if len(shapes) == 1 and len(shape) == 2:
+        if shape[1] == dim:
+            return shape[0] * len(shards)
+        if shape[1] * len(shards) == dim:
+            return shape[0]
+    listed = sorted(map(list, shapes))[:3]
+    raise UserError(f"{EMBEDDING.meta} in {folder} must have {dim} columns over its {len(shards)} shards, got {listed}")
+
+
+def embedding_split(shards: list[StoredTensor], dim: int, version: str) -> int:
+    """Return the dimension along which shards divide the embedding; a single shard does not show it."""
+    if len(shards) == 1:
+        return 1 if version == "2" else 0
+    return 0 if shards[0].shape[1] == dim else 1
+
+
+def fold_repeated_heads(
+    table: list[Row], shards: dict[str, list[StoredTensor]], config: dict, true_count: int | None
+) -> list[tuple[StoredTensor, StoredTensor]]:
+    """Take one of the copies where every shard has a key/value head of its own but there are fewer heads than shards.
+
+    Meta stores the 8 heads of the 405B so, for 16 shards. The first layer decides; the others are compared when a
+    conversion reads them. Changes `shards` and `config` and returns what was taken with what was left out for it.
+
+    Args:
+        true_count: how many heads there are, where the sidecar says it; otherwise equal heads are taken for copies.
+    """
+    names = [row.hf for row in table if "key_value" in row.shape]
+    first_layer, stored = names[:2], config["num_key_value_heads"]
+    if stored == 1 or stored != len(shards[names[0]]) or true_count == stored:
+        return []
+
+    def copies_of(name, number):
+        return [(shards[name][index - index % number], tensor) for index, tensor in enumerate(shards[name])]
+
+    candidates = [stored // true_count] if true_count else [n for n in range(stored, 1, -1) if stored % n == 0]
+    for number in candidates:
+        if all(same_tensors([one], [other]) for name in first_layer for one, other in copies_of(name, number)):
+            pairs = [pair for name in names for pair in copies_of(name, number) if pair[0] is not pair[1]]
+            shards |= {name: shards[name][::number] for name in names}
+            config["num_key_value_heads"] //= number
+            return pairs
+    return []
+
+
+def first_special_id(tokenizer: Path, names: list[str], vocab_size: int, inferred: list[str]) -> int:
+    """Return the id after the last rank, having checked that ranks and special tokens fit the embedding."""
+    count = len(read_ranks(tokenizer))
+    total = count + len(names)
+    if total > vocab_size:
+        detail = f"makes {total} ids, but the embedding has {vocab_size} rows"
+        raise UserError(f"{tokenizer} with {len(names)} special tokens {detail}; it belongs to another model")
+    if total < vocab_size:
+        inferred.append(f"{vocab_size - total} rows of the embedding have no token: the tokenizer has {total}")
+    return count
+
+
+def forget_dialogue(sidecar: dict) -> dict:
+    """Leave out of the sidecar what follows from whether a model was tuned for dialogue."""
+    config = {key: value for key, value in sidecar["config"].items() if not key.endswith("_token_id")}
+    return sidecar | {"config": config, "chat_template": None, "generation_config": None}

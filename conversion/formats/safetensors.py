@@ -1,0 +1,100 @@
+"""A safetensors file: its header read and checked, or laid out to the byte before a tensor is written.
+
+The file is an 8-byte length, a JSON header that says where each tensor's bytes lie, and the bytes.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from hf_llama3.errors import UserError
+from hf_llama3.files.json import refuse_constant, refuse_duplicates
+from hf_llama3.files.reading import require_file, what_became_of
+
+from .storage import BY_SAFETENSORS, Dtype, SourceFile, StoredTensor
+
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """List the tensors of one file by name.
+
+    Raises:
+        UserError: the header is damaged, or a tensor lies outside the file or in another's place.
+    """
+    require_file(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
+                raise UserError(
+                    f"{path} is not a whole safetensors file{what_became_of(path) or ': download it again'}"
+                )
+            header = json.loads(file.read(length), parse_constant=refuse_constant, object_pairs_hook=refuse_duplicates)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the header of {path} is damaged ({error}); download it again") from error
+    if not isinstance(header, dict):
+        raise UserError(f"the header of {path} must be a JSON object, got {type(header).__name__}")
+
+    source, tensors, spans = SourceFile(path), {}, []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (start, end) = read_entry(name, entry, path)
+        tensors[name] = StoredTensor(source, dtype, shape, 8 + length + start)
+        spans.append((start, end, name))
+    reached = 0
+    for start, end, name in sorted(spans):
+        if start != reached:
+            raise UserError(f"{name} in {path} must begin at byte {reached}, where the one before it ends, got {start}")
+        reached = end
+    if 8 + length + reached != size:
+        raise UserError(f"{path} must be {8 + length + reached} bytes by its header, got {size}; download it again")
+    return tensors
+
+
+def read_entry(name: str, entry, path: Path):
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in BY_SAFETENSORS:
+        raise UserError(f"{name} in {path} has the type {dtype!r}; only {sorted(BY_SAFETENSORS)} can be converted")
+    numbers = [*shape, *span] if isinstance(shape, list) and isinstance(span, list) and len(span) == 2 else [None]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise UserError(f"the entry of {name} in {path} is damaged: {json.dumps(entry)[:200]}")
+    dtype = BY_SAFETENSORS[dtype]
+    if math.prod(shape) * dtype.itemsize != span[1] - span[0]:
+        needed = math.prod(shape) * dtype.itemsize
+        raise UserError(f"{name} {shape} in {path} must have {needed} bytes, got {span[1] - span[0]}")
+    return dtype, tuple(shape), span
+
+
+class SafetensorsLayout:
+    """Fix where every byte of a safetensors file goes, before any tensor is at hand.
+
+    Args:
+        tensors: (name, dtype, shape), in order.
+        align: what the first tensor's offset shall be a multiple of.
+    """
+
+    needs_checksums = False
+
+    def __init__(self, tensors: list[tuple[str, Dtype, tuple[int, ...]]], align: int = 8):
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name, dtype, shape in tensors:
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [start, end]}
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-(8 + len(encoded)) % align)
+        self._header = len(encoded).to_bytes(8, "little") + encoded
+        data = len(self._header)
+        self.offsets = [data + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"]
+        self.size = data + end
+
+    def fixed(self, checksums: list[int]) -> list[tuple[int, bytes]]:
+        """Return all that is not a tensor as (offset, bytes)."""
+        return [(0, self._header)]

@@ -1,0 +1,1 @@
+"""tokenizer.model and tokenizer.json, each made from the other, with the proof that they are equal."""

@@ -1,0 +1,129 @@
+"""The files of a checkpoint's tokenizer in the format of the target; what cannot be made of it is noted."""
+
+from pathlib import Path
+
+from hf_llama3.errors import UserError
+from hf_llama3.files.json import read_json, to_json
+
+from ..checkpoint import Checkpoint
+from .bpe import NUM_SPECIAL_TOKENS, all_merges, hf_tokenizer_files, meta_tokenizer_file, read_ranks
+
+TOKENIZER_MODEL = "tokenizer.model"
+PORTABLE_CLASS = "PreTrainedTokenizerFast"  # the one name that versions 4 and 5 and all engines know
+# Names that stand for it in version 5 only.
+NEW_CLASSES = ("TokenizersBackend",)
+
+
+def hf_tokenizer(source: Checkpoint, notes: list[str]) -> dict[str, bytes]:
+    """Make the files for a Hugging Face folder."""
+    if source.format == "hf":
+        files = copy_files(source.path)
+    elif source.tokenizer_kind == "tiktoken":
+        tokens = read_ranks(source.tokenizer)
+        made = hf_tokenizer_files(tokens, source.special_tokens, source.config, source.instruct, source.chat_template)
+        files = {name: content.encode() for name, content in made.items()}
+    elif source.tokenizer_kind == "sentencepiece":
+        files = sentencepiece_files(source)
+    else:
+        files = {}
+    if not files:
+        notes.append("no tokenizer was written: the source has none")
+    return files
+
+
+def copy_files(folder: Path) -> dict[str, bytes]:
+    """Take the tokenizer files as they are, save that version 4 has to find a class that it knows."""
+    names = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
+    found = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.split(".")[0].startswith(names)]
+    files = {path.name: path.read_bytes() for path in found}
+    templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    files |= {f"additional_chat_templates/{path.name}": path.read_bytes() for path in templates}
+    if "tokenizer_config.json" in files:
+        config = read_json(folder / "tokenizer_config.json")
+        if config.get("tokenizer_class") in NEW_CLASSES:
+            files["tokenizer_config.json"] = to_json(config | {"tokenizer_class": PORTABLE_CLASS})
+    return files
+
+
+def meta_tokenizer(source: Checkpoint, notes: list[str]) -> tuple[dict[str, bytes], list[str] | None]:
+    """Make tokenizer.model for a directory of Meta's and list the special tokens."""
+    if source.tokenizer is None:
+        notes.append("no tokenizer was written: the source has none")
+        return {}, None
+    if source.tokenizer.name == TOKENIZER_MODEL:
+        return {TOKENIZER_MODEL: source.tokenizer.read_bytes()}, source.special_tokens
+    try:
+        content, names = meta_tokenizer_file(source.tokenizer)
+    except UserError as error:
+        notes.append(f"no {TOKENIZER_MODEL} was written: {error}")
+        return {}, None
+    total = content.count(b"\n") + len(names)
+    if len(names) != NUM_SPECIAL_TOKENS or total != source.config["vocab_size"]:
+        wanted = f"{NUM_SPECIAL_TOKENS} special tokens and as many in all as the embedding has rows"
+        notes.append(f"Meta's own code wants {wanted}, and will not take these: {len(names)} and {total}")
+    return {TOKENIZER_MODEL: content}, names
+
+
+def sentencepiece_files(source: Checkpoint) -> dict[str, bytes]:
+    """Turn Llama 2's tokenizer.model into Hugging Face's files.
+
+    Raises:
+        UserError: the extra `llama2` is missing, or the file is no sentencepiece model.
+    """
+    model = read_sentencepiece(source.tokenizer)
+    unknown, begin, end = (model.id_to_piece(index) for index in (model.unk_id(), model.bos_id(), model.eos_id()))
+    config = {
+        "tokenizer_class": PORTABLE_CLASS,
+        **{"unk_token": unknown, "bos_token": begin, "eos_token": end},
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": source.config["max_position_embeddings"],
+    }
+    return {
+        "tokenizer.json": build_sentencepiece(model).to_str(pretty=True).encode(),
+        "tokenizer_config.json": to_json(config),
+        TOKENIZER_MODEL: source.tokenizer.read_bytes(),
+    }
+
+
+def read_sentencepiece(path: Path):
+    """Open a sentencepiece model.
+
+    Raises:
+        UserError: the extra `llama2` is missing, or the file is no sentencepiece model.
+    """
+    try:
+        import sentencepiece
+    except ImportError as error:
+        command = 'pip install "hf_llama3[llama2]"'
+        raise UserError(f"{path} is a sentencepiece model; to convert or compare it, {command}") from error
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} is not a readable sentencepiece model; download it again") from error
+
+
+def build_sentencepiece(model):
+    """Build the `tokenizers.Tokenizer` that gives a sentencepiece model's ids, with its begin token before every text.
+
+    As in meta-llama/Llama-2-7b-hf, tokenizer.json: a text gets a space before it, spaces are pieces' "\u2581", and what
+    has no piece is spelled in bytes.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    unknown, begin = model.id_to_piece(model.unk_id()), model.id_to_piece(model.bos_id())
+    count = model.get_piece_size()
+    vocab = {model.id_to_piece(index): index for index in range(count)}
+    apart = {index for index in range(count) if model.is_control(index) or model.is_unknown(index)}
+    words = {piece: index for piece, index in vocab.items() if index not in apart and not model.is_byte(index)}
+    tokenizer = Tokenizer(models.BPE(vocab, all_merges(words), unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(model.id_to_piece(index), normalized=False) for index in sorted(apart)])
+    before = {"special_tokens": [(begin, model.bos_id())]}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin}:1 $B:1", **before
+    )
+    return tokenizer

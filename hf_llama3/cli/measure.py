@@ -1,0 +1,71 @@
+"""Commands that measure a model: bench, evaluate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_llama3.errors import UserError
+
+from .app import command
+from .options import (
+    CompileFlag,
+    DtypeOption,
+    JsonFlag,
+    ModelArgument,
+    QuantizeOption,
+    RopeOption,
+)
+from .printing import print_json, print_table
+
+
+@command("hf-llama3 bench llama-3-8b --quantize int8")
+def bench(
+    model: ModelArgument,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="For each prompt.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 1,
+    dtype: DtypeOption = "auto",
+    rope_factor: RopeOption = None,
+    optimize: Annotated[bool, typer.Option(help="As hf_llama3.optimize does.")] = True,
+    quantize: QuantizeOption = None,
+    compile: CompileFlag = False,
+    as_json: JsonFlag = False,
+):
+    """Measure how fast a model generates, beside how fast the memory is read."""
+    from hf_llama3.measure.bench import bench
+    from hf_llama3.text.loading import load_model
+
+    loaded, _ = load_model(model, dtype, rope_factor, optimize, quantize, compile, progress=True)
+    report = bench(loaded, prompt_tokens, new_tokens, batch_size).to_dict()
+    print_json(report) if as_json else print_table(report)
+
+
+@command("hf-llama3 evaluate llama-3-8b --text held-out.txt")
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Option(help="Text in UTF-8.")],
+    context: Annotated[int | None, typer.Option(help="Tokens per window; the model's, but at most 2,048.")] = None,
+    dtype: DtypeOption = "auto",
+    rope_factor: RopeOption = None,
+    quantize: QuantizeOption = None,
+    keep: Annotated[bool, typer.Option("--record", help="Put the result into the folder, for its card.")] = False,
+    benchmark: Annotated[
+        str | None, typer.Option(help="With --record: the text is OWNER/DATASET:TASK, a benchmark on the Hub.")
+    ] = None,
+    as_json: JsonFlag = False,
+):
+    """Measure how well a model predicts a text: loss in nats and perplexity, per token."""
+    from hf_llama3.measure.evaluation import evaluate
+    from hf_llama3.measure.records import check_record, record
+    from hf_llama3.text.loading import load_model
+
+    if benchmark is not None and not keep:
+        raise UserError("--benchmark says what --record puts down; add --record")
+    if keep:
+        check_record(model, benchmark)
+    loaded, tokenizer = load_model(model, dtype, rope_factor, False, quantize)
+    report = evaluate(loaded, tokenizer, text, context, progress=True)
+    if keep:
+        record(report, benchmark)
+    (print_json if as_json else print_table)(report.to_dict())

@@ -1,0 +1,216 @@
+"""Let `model.generate` run at the speed of the memory: the same model object, numbers and names, executed otherwise."""
+
+import functools
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_llama3.errors import UserError
+
+from . import QUANTIZATIONS, processor
+from .cache import grow_caches
+from .compiled import compile_decoding
+from .kernels.linear import Int4Kernel, Int8Kernel, Kernel, PlainKernel
+from .linear import PackedLinear, pack, unpack
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that kernels read
+REFUSED = ("train", "_apply", "load_state_dict")  # methods that would change the weights or lead to it
+REPLACED = (  # the model gets its own, or what the library keeps on it
+    *("generate", "get_compiled_call", "_prepare_static_cache", "_prepare_cache_for_generation"),
+    *("_compiled_call", "_last_compile_config"),
+)
+NO_PLAIN_WEIGHTS = ("state_dict", "save_pretrained", "push_to_hub")  # refused where the weights are quantised
+
+
+@dataclass
+class Optimization:
+    """What was done to a model, kept on it."""
+
+    quantize: str | None
+    compile: bool
+    trainable: list[str]  # parameters that required gradients
+
+
+def optimize(
+    model: PreTrainedModel, quantize: str | None = None, compile: bool = False, progress: bool = False
+) -> PreTrainedModel:
+    """Return the same model, ready to generate fast and not to be changed until `restore`.
+
+    On a CPU every linear layer multiplies by products of ours, which read its weight where it lies. Outputs stay within
+    the rounding of sums in another order. On another device `compile` is what makes it faster. Any transformers model
+    will do.
+
+    Args:
+        quantize: on a CPU, weights of "int8", or of "int4" (the head of int8); outputs change, and only loading brings
+            back what they were.
+        compile: decode over a static cache by a compiled step; to compile it takes a minute or so, here and now.
+        progress: show on standard error how far that is.
+
+    Raises:
+        UserError: the model has adapters, lies on several devices, is quantised already (on a GPU by other than
+            torchao), or shall be quantised on a GPU, on a processor without kernels or from another type.
+    """
+    done = getattr(model, "optimization", None)
+    quantize = quantize or (done and done.quantize)
+    check(model, quantize)
+    if done and (done.quantize, done.compile) == (quantize, compile):
+        return model
+    if done:
+        release(model)
+    model.eval()
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    if model.device.type == "cpu":
+        pack_linears(model, quantize)
+        grow_caches(model)
+    elif not compile:
+        warnings.warn(f"on {model.device} a compiled step alone is faster; optimize with compile=True", stacklevel=2)
+    model.optimization = Optimization(quantize, compile, trainable)
+    refuse_changes(model)
+    if compile:
+        compile_decoding(model, progress)
+    return model
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the same model with its plain modules and weights, to the bit; one that is not optimised is left alone.
+
+    Raises:
+        UserError: the weights are quantised, and what they were is gone.
+    """
+    done = model.__dict__.get("optimization")
+    if done is None:
+        return model
+    if done.quantize:
+        raise UserError(f"a model quantised to {done.quantize} cannot be restored; load {origin(model)} again")
+    release(model)
+    return model
+
+
+def release(model: PreTrainedModel):
+    """Undo all of `optimize` but what was quantised."""
+    done = model.optimization
+    for module in model.modules():
+        for name in (*REFUSED, *NO_PLAIN_WEIGHTS, *REPLACED):
+            module.__dict__.pop(name, None)
+        if isinstance(module, PackedLinear) and not done.quantize:
+            unpack(module)
+    parameters = dict(model.named_parameters())
+    for name in done.trainable:
+        parameters[name].requires_grad_(True)
+    del model.optimization
+
+
+def check(model: PreTrainedModel, quantize: str | None):
+    """Refuse what cannot be optimised, before anything is changed."""
+    if quantize not in (None, *QUANTIZATIONS):
+        raise UserError(f"`quantize` must be one of {QUANTIZATIONS} or None, got {quantize!r}")
+    if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+        kind = type(model).__name__
+        if hasattr(model, "peft_config"):
+            raise UserError(f"adapters must be merged first, got a {kind} with them; call merge_and_unload()")
+        raise UserError(f"`model` must be a transformers model, got {kind}; load one with from_pretrained")
+    done = model.__dict__.get("optimization")
+    if done and done.quantize and done.quantize != quantize:
+        raise UserError(f"a model quantised to {done.quantize} cannot become {quantize}; load {origin(model)} again")
+    quantizer = getattr(model, "hf_quantizer", None)
+    was_gguf = quantizer is not None and getattr(quantizer.quantization_config, "quant_method", None) == "gguf"
+    if was_gguf and all(type(parameter) is nn.Parameter for parameter in model.parameters()):
+        quantizer = None  # the library has dequantised the file's weights
+    if quantizer is not None and (model.device.type == "cpu" or not quantizer.is_compileable):
+        how = type(quantizer.quantization_config).__name__
+        raise UserError(f"on {model.device} weights must be plain, got a model loaded with a {how}; load it without")
+    devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
+    devices = devices if len(devices) > 1 or "disk" in devices else []
+    if devices or any(parameter.device.type == "meta" for parameter in model.parameters()):
+        where = " and ".join(devices) or "nowhere (meta)"
+        raise UserError(f"all weights must lie on one device, got {where}; load the model without offload")
+    if quantize and model.device.type != "cpu":
+        raise UserError(
+            f"`quantize` is for a CPU, got {quantize!r} for a model on {model.device}; load it with a TorchAoConfig"
+        )
+    if quantize and not processor.here().has_kernels:
+        raise UserError(
+            f"`quantize` needs a processor with AVX2 and FMA, or NEON, got {processor.here()}; leave it out"
+        )
+    if quantize and model.dtype not in DTYPES:
+        raise UserError(f"weights to quantise must be float32, float16 or bfloat16, got {model.dtype}; cast the model")
+
+
+def pack_linears(model: PreTrainedModel, quantize: str | None):
+    """Give every linear layer a kernel that multiplies by its weight."""
+    holders = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    head, skipped = model.get_output_embeddings(), Counter()
+    for module in [module for module in model.modules() if type(module) is nn.Linear]:
+        weight = module.weight
+        if weight.device.type != "cpu" or weight.dtype not in DTYPES or not processor.here().has_kernels:
+            skipped[f"{weight.dtype} on {weight.device.type}".removeprefix("torch.")] += 1
+        else:
+            kernel = choose_kernel(quantize, is_head=module is head)
+            pack(module, kernel(weight), keeps_weight=holders[id(weight)] > 1)
+    if skipped:
+        which = ", ".join(f"{count} of {kind}" for kind, count in skipped.items())
+        warnings.warn(f"linear layers that have no faster kernel here were left as they are: {which}", stacklevel=3)
+
+
+def choose_kernel(quantize: str | None, is_head: bool) -> type[Kernel]:
+    """Return the kernel for a weight; of int4 the head, in which every error is a logit's, gets int8."""
+    if quantize is None:
+        return PlainKernel
+    return Int4Kernel if quantize == "int4" and not is_head else Int8Kernel
+
+
+def refuse_changes(model: PreTrainedModel):
+    """Put refusals over the methods by which a model is changed, or saved as what it no longer is."""
+    for module in model.modules():
+        for name in REFUSED:
+            setattr(module, name, functools.partial(globals()[f"refuse_{name.strip('_')}"], module))
+    if model.optimization.quantize:
+        for name in NO_PLAIN_WEIGHTS:
+            setattr(model, name, functools.partial(refuse_saving, model))
+
+
+def refuse_train(module: nn.Module, mode: bool = True) -> nn.Module:
+    if mode:
+        raise UserError("an optimised model cannot be trained; call hf_llama3.restore(model) first")
+    return type(module).train(module, False)
+
+
+def refuse_apply(module: nn.Module, function, recurse: bool = True) -> nn.Module:
+    """Stand for `Module._apply`, by which `.to()`, `.half()` and the like work; what changes nothing is let through."""
+    for parameter in module.parameters():
+        probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        changed = function(probe)
+        if (changed.dtype, changed.device) != (probe.dtype, probe.device):
+            raise UserError(
+                f"an optimised model must stay {probe.dtype} on {probe.device}, got {changed.dtype} on "
+                f"{changed.device}; call hf_llama3.restore(model) first"
+            )
+        break
+    return module
+
+
+def refuse_load_state_dict(module: nn.Module, *args, **kwargs):
+    raise UserError("an optimised model cannot take other weights; call hf_llama3.restore(model) first")
+
+
+def refuse_saving(model: PreTrainedModel, *args, **kwargs):
+    kind = model.optimization.quantize
+    raise UserError(
+        f"a model quantised to {kind} has no plain weights to save; copy {origin(model)} instead, or run hf-llama3 pack"
+    )
+
+
+def quantization_of(model: PreTrainedModel) -> str | None:
+    """Return "int8", "int4", or None where the weights are what they were."""
+    done = model.__dict__.get("optimization")
+    return done and done.quantize
+
+
+def origin(model: PreTrainedModel) -> str:
+    """Say where the model was loaded from."""
+    return model.name_or_path or "what it was loaded from"

@@ -1,0 +1,1 @@
+"""What everybody stands on: folders that are whole or absent, JSON, hashes, progress, pictures."""

@@ -1,0 +1,71 @@
+"""Hashes of files: lists of them read, checked and written."""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hf_llama3.errors import UserError
+
+from .progress import byte_bar
+from .reading import what_became_of
+
+CHECKLIST = "checklist.chk"  # Meta's: an MD5 for each file, as `md5sum` writes it
+CHECKSUMS = "SHA256SUMS"  # ours: as `sha256sum` writes it
+HEX_DIGITS = {32: "md5", 64: "sha256"}  # some lists under Meta's name hold the longer kind
+READ_BYTES = 4 * 2**20
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """Read a list of hashes: {file name: hash}.
+
+    Raises:
+        UserError: a line is none, or names a file elsewhere.
+    """
+    sums = {}
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read{what_became_of(path) or ''}") from error
+    for line in filter(str.strip, lines):
+        value, _, name = line.strip().partition(" ")
+        name = name.strip().removeprefix("*")
+        is_hash = len(value) in HEX_DIGITS and set(value.lower()) <= set("0123456789abcdef")
+        if not is_hash or Path(name).name != name:
+            remedy = what_became_of(path) or "; download it again, or remove it to go without"
+            raise UserError(f"{path} must hold a hash and a file name on each line, got {line[:80]!r}{remedy}")
+        sums[name] = value.lower()
+    return sums
+
+
+def check_sums(path: Path, progress: bool = False, remedy: str = "download it again"):
+    """Raise unless every file of a list that is there has the hash that stands there.
+
+    Raises:
+        UserError: naming the file, with both hashes.
+    """
+    sums = {name: value for name, value in read_sums(path).items() if (path.parent / name).is_file()}
+    total = sum((path.parent / name).stat().st_size for name in sums)
+    with ThreadPoolExecutor(max_workers=2) as pool, byte_bar(f"checking {path.name}", total, progress) as bar:
+        kinds = [HEX_DIGITS[len(value)] for value in sums.values()]
+        found = pool.map(lambda name, kind: hash_file(path.parent / name, kind, bar.update), sums, kinds)
+        for (name, expected), got in zip(sums.items(), found, strict=True):
+            if got != expected:
+                raise UserError(
+                    f"{path.parent / name} must have the hash {expected} of {path.name}, got {got}; {remedy}"
+                )
+
+
+def hash_file(path: Path, kind: str, progress: Callable[[int], None]) -> str:
+    """Return a file's hash, "md5" or "sha256", in hexadecimal; `progress` is told of the bytes."""
+    digest, buffer = hashlib.new(kind, usedforsecurity=False), bytearray(READ_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            progress(count)
+    return digest.hexdigest()
+
+
+def format_sums(sums: dict[str, str]) -> bytes:
+    """Write a list of hashes as `md5sum` and `sha256sum` do."""
+    return "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())).encode()

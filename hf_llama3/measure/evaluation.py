@@ -1,0 +1,95 @@
+"""How well a model predicts a text: its loss in nats per token and its perplexity."""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from hf_llama3.cpu.optimization import quantization_of
+from hf_llama3.errors import UserError
+from hf_llama3.modeling_llama3 import LOGITS_AT_A_TIME
+from hf_llama3.text.completion import check_range
+
+LARGEST_CONTEXT = 2048  # tokens, where nothing is said: a longer context takes longer and predicts better
+
+
+@dataclass
+class Evaluation:
+    """Say how well a model predicts a text, every token from those before it in its window."""
+
+    model: str
+    text: str
+    tokens: int  # predicted
+    loss: float  # nats per token
+    perplexity: float  # e to the loss
+    context: int  # tokens per window
+    dtype: str
+    quantize: str | None
+    seconds: float
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def evaluate(model, tokenizer, text, context: int | None = None, progress: bool = False) -> Evaluation:
+    """Compute the mean loss over a whole text, cut into windows in which the context starts afresh.
+
+    Where the tokenizer begins texts with a token, every window begins with it and all of the text is predicted;
+    elsewhere all but the text's first token: a window's last target is the next one's first input.
+
+    Args:
+        text: file in UTF-8.
+        context: tokens per window; the model's, but at most 2,048, if omitted.
+
+    Raises:
+        UserError: the text cannot be read or has less than two tokens, or the context is not within the model's.
+    """
+    text, started = Path(text), time.perf_counter()
+    window = model.config.max_position_embeddings
+    context = min(window, LARGEST_CONTEXT) if context is None else context
+    check_range("--context", context, 1, window)
+    try:
+        content = text.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{text} cannot be read: {error}; pass a text file in UTF-8") from error
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # it is cut below
+    ids = tokenizer(content, add_special_tokens=False)["input_ids"]
+    start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
+    if len(ids) < 2:
+        raise UserError(f"{text} must have at least two tokens to predict one from another, got {len(ids)}")
+
+    total, seen = 0.0, 0
+    first = 0 if start else 1  # what is predicted first
+    for position in tqdm(range(first, len(ids), context), desc="evaluating", unit="window", disable=not progress):
+        targets = ids[position : position + context]
+        before = start or ids[position - 1 : position]
+        total += sum_of_losses(model, before + targets[:-1], targets)
+        seen += len(targets)
+    loss = total / seen
+    return Evaluation(
+        model=model.name_or_path,
+        text=str(text),
+        tokens=seen,
+        loss=loss,
+        perplexity=math.exp(loss),
+        context=context,
+        dtype=str(model.dtype).removeprefix("torch."),
+        quantize=quantization_of(model),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+@torch.inference_mode()
+def sum_of_losses(model, inputs: list[int], targets: list[int]) -> float:
+    """Return the sum of the losses in nats, from logits for some positions at a time."""
+    ids = torch.tensor([inputs], device=model.device)
+    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]  # (T, E)
+    head, labels = model.get_output_embeddings(), torch.tensor(targets, device=states.device)
+    rows = max(LOGITS_AT_A_TIME // head.out_features, 1)
+    total = 0.0
+    for part, wanted in zip(states.split(rows), labels.split(rows), strict=True):
+        total += torch.nn.functional.cross_entropy(head(part).float(), wanted, reduction="sum").item()
+    return total

@@ -1,0 +1,170 @@
+"""Prompts in, completions out."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import StoppingCriteriaList, StopStringCriteria, set_seed
+
+from hf_llama3.errors import UserError
+
+from . import MAX_NEW_TOKENS
+
+PREFILL_CHUNK = 2048  # prompt tokens computed at a time: memory stays within bounds, and matrices are large enough
+
+
+@dataclass
+class Completion:
+    prompt: str
+    text: str  # what was added
+    token_ids: list[int]  # of `text`
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def generate_text(
+    model,
+    tokenizer,
+    prompts: list[str],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: list[str] | None = None,
+) -> list[Completion]:
+    """Complete each prompt; a model tuned for dialogue is given it as a user's turn.
+
+    Args:
+        max_new_tokens: at most, for each prompt; fewer where a stop token or a text of `stop` comes first.
+        temperature: 0 takes the likeliest token each time.
+        top_p: sample from the likeliest tokens that make up this share of the probability.
+
+    Raises:
+        UserError: a number out of its range, or a prompt and the new tokens do not fit the context window.
+    """
+    check_sampling(max_new_tokens, temperature, top_p, seed)
+    if not prompts:
+        raise UserError("there must be at least one prompt, got none")
+    rows = tokenize(tokenizer, prompts)
+    check_lengths(model, max(map(len, rows)), max_new_tokens)
+    return generate_rows(model, tokenizer, prompts, rows, max_new_tokens, temperature, top_p, seed, stop)
+
+
+def generate_rows(
+    model, tokenizer, prompts, rows, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop
+) -> list[Completion]:
+    """Do what `generate_text` does for prompts that are checked, and tokenised to `rows`."""
+    longest = max(map(len, rows))
+    options = generation_options(model, tokenizer, temperature, top_p)
+    padding = options["pad_token_id"]
+    set_seed(seed)
+    with torch.inference_mode():
+        output = model.generate(
+            **pad_left(rows, padding, input_device(model)),
+            max_new_tokens=max_new_tokens,
+            stopping_criteria=stop_at(tokenizer, stop),
+            prefill_chunk_size=PREFILL_CHUNK if longest > PREFILL_CHUNK else None,
+            **options,
+        )
+    stops = stop_tokens(model)
+    completions = []
+    for prompt, row in zip(prompts, output[:, longest:].tolist(), strict=True):
+        ids = until_stop(row, stops, padding)
+        completions.append(Completion(prompt, tokenizer.decode(ids, skip_special_tokens=True), ids))
+    return completions
+
+
+def tokenize(tokenizer, prompts: list[str]) -> list[list[int]]:
+    """Return the token ids of each prompt, as a user's turn where the tokenizer has a chat template."""
+    texts, is_chat = prompts, tokenizer.chat_template is not None
+    if is_chat:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int):
+    check_range("--max-new-tokens", max_new_tokens, 1, math.inf)
+    check_range("--temperature", temperature, 0, 100)
+    check_range("--top-p", top_p, 1e-6, 1)
+    check_range("--seed", seed, 0, 2**32 - 1)
+
+
+def check_lengths(model, prompt_tokens: int, new_tokens: int):
+    """Refuse, before any work, a prompt that is empty or has no room in the model's context.
+
+    Raises:
+        UserError: it has none.
+    """
+    window = model.config.max_position_embeddings
+    if prompt_tokens + new_tokens > window:
+        raise UserError(
+            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones must fit the model's context of {window}; "
+            "shorten the prompt or lower --max-new-tokens"
+        )
+    if not prompt_tokens:
+        raise UserError("a prompt must have at least one token, got none; write some text")
+
+
+def generation_options(model, tokenizer, temperature: float, top_p: float) -> dict:
+    """Return what `model.generate` is told about sampling and padding; temperature 0 takes the likeliest token."""
+    stops = stop_tokens(model)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else 0
+    if not temperature:
+        return {"pad_token_id": padding, "do_sample": False}
+    return {"pad_token_id": padding, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+
+def stop_at(tokenizer, texts: list[str] | None) -> StoppingCriteriaList:
+    """Return what stops a row at any of some texts.
+
+    Raises:
+        UserError: the library cannot tell what the tokenizer's tokens spell.
+    """
+    if not texts:
+        return StoppingCriteriaList()
+    try:
+        return StoppingCriteriaList([StopStringCriteria(tokenizer, texts)])
+    except ValueError as error:  # it looks for Latin letters in what it decodes
+        kind = type(tokenizer).__name__
+        raise UserError(
+            f"--stop needs a tokenizer that spells Latin letters, got {kind} without; leave it out"
+        ) from error
+
+
+def stop_tokens(model) -> list[int]:
+    stops = model.generation_config.eos_token_id
+    return stops if isinstance(stops, list) else [stops] if stops is not None else []
+
+
+def check_range(name: str, value: float, smallest: float, largest: float):
+    if not smallest <= value <= largest:
+        raise UserError(f"{name} must be between {smallest:g} and {largest:g}, got {value}")
+
+
+def input_device(model) -> torch.device:
+    """Return where prompts go: offloaded weights are on no device until it is their turn."""
+    if model.device.type != "meta":
+        return model.device
+    gpus = [device for device in model.hf_device_map.values() if isinstance(device, int)]
+    return torch.device(gpus[0] if gpus else "cpu")
+
+
+def pad_left(rows: list[list[int]], padding: int, device) -> dict[str, torch.Tensor]:
+    """Bring prompts to one length, so that each ends where its completion begins."""
+    longest = max(map(len, rows))
+    ids = [[padding] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+def until_stop(row: list[int], stops: list[int], padding: int) -> list[int]:
+    """Cut a row after its first stop token, and what `generate` adds to rows that ended before the longest."""
+    end = next((index + 1 for index, token in enumerate(row) if token in stops), len(row))
+    while end and row[end - 1] == padding and padding not in stops:
+        end -= 1
+    return row[:end]

@@ -1,0 +1,122 @@
+"""A model and its tokenizer, in any of the formats that this package knows, on one device or several."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from hf_llama3.conversion.config.hf import is_packed
+from hf_llama3.conversion.load import load_meta, load_meta_tokenizer
+from hf_llama3.conversion.opening import open_checkpoint, refuse_rope_factor
+from hf_llama3.cpu import QUANTIZATIONS
+from hf_llama3.cpu.optimization import optimize
+from hf_llama3.distributed.parallel import Group, number_own_layers
+from hf_llama3.distributed.placement import check_here, config_and_dtype, place
+from hf_llama3.errors import UserError
+from hf_llama3.files.atomic import is_unfinished
+from hf_llama3.files.json import read_json
+
+from . import DTYPES
+
+
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    rope_factor: float | None = None,
+    fast: bool = False,
+    quantize: str | None = None,
+    compile: bool = False,
+    progress: bool = False,
+    device_map: str | None = None,
+    max_memory: dict | str | None = None,
+    offload_folder: Path | None = None,
+    group: Group = Group(),  # noqa: B008
+):
+    """Load a model and its tokenizer from a local folder of either format, or by its name on the Hub.
+
+    Args:
+        fast: optimise the model, as `quantize` ("int8", "int4") and `compile` do besides what they say.
+        device_map: divide the layers among devices, as `placement.place` describes, `max_memory` and `offload_folder`.
+        group: the processes that generate together, of which this one loads its part.
+
+    Raises:
+        UserError: the folder holds no whole checkpoint or no tokenizer, the name is unknown, or the model cannot be
+            divided so.
+    """
+    if quantize not in (None, *QUANTIZATIONS):
+        raise UserError(f"--quantize must be one of {QUANTIZATIONS}, got {quantize!r}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype must be one of {DTYPES}, got {dtype!r}")
+    if device_map is None and not (max_memory is None and offload_folder is None):
+        raise UserError("--max-memory and --offload-folder say how layers are divided; add --device-map auto")
+    if device_map is not None and group.mode is not None:
+        raise UserError(f"--device-map is for one process, got it with --parallel {group.mode}; leave one out")
+    fast, packed = fast or quantize is not None or compile, is_packed_folder(name)
+    if (fast or packed) and group.mode in ("tensor", "pipeline"):
+        remedy = "name the plain folder" if packed else "leave out --optimize, --quantize and --compile"
+        raise UserError(f"--parallel {group.mode} divides plain weights; {remedy}")
+    if packed:
+        refuse_rope_factor(rope_factor, name)
+    if not group.is_first:
+        logging.disable_progress_bar()
+    if packed:
+        where = {} if device_map is None else {"device_map": device_map}
+        model, tokenizer = read_folder(name, dtype, where)
+    else:
+        model, tokenizer = read_model(name, dtype, rope_factor, device_map, max_memory, offload_folder, group)
+    if group.mode == "pipeline":
+        number_own_layers(model)
+    if fast:
+        model = optimize(model, quantize, compile, progress and group.is_first)
+    return model, tokenizer
+
+
+def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max_memory, offload_folder, group: Group):
+    """Do the part of `load_model` that reads files: what can be refused, then the weights."""
+    checkpoint = open_checkpoint(name, rope_factor)  # reads no tensor, and its errors are sentences
+    if checkpoint.tokenizer is None:
+        raise UserError(f"{checkpoint.path} holds no tokenizer, without which there is no text; add its files")
+    name, is_meta = str(checkpoint.path), checkpoint.format == "meta"
+    config, stored = config_and_dtype(checkpoint)
+    group.check(config)
+    where = group.loading_options()
+    if device_map is not None:
+        kind = stored if dtype == "auto" else getattr(torch, dtype)
+        placement = place(config, kind, device_map, max_memory, offload_folder)
+        check_here(placement, offload_folder if is_meta else None)  # safetensors are read where they are
+        where = {"device_map": placement.device_map, "offload_folder": offload_folder}
+    if is_meta:
+        with loading(name):
+            model = load_meta(name, rope_factor=rope_factor, dtype=dtype, **where)
+        return model.eval(), load_meta_tokenizer(name, rope_factor=rope_factor)
+    return read_folder(name, dtype, where)
+
+
+def is_packed_folder(name: str) -> bool:
+    """Tell whether `hf-llama3 pack` made a folder; whether it is whole is not looked at."""
+    path = Path(name) / "config.json"
+    return path.is_file() and not is_unfinished(Path(name)) and is_packed(read_json(path))
+
+
+def read_folder(name: str, dtype: str, where: dict):
+    """Load a Hugging Face folder."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise UserError(f"the tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    with loading(name):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **where)
+    return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def loading(name: str):
+    """Turn what the library says of a name or a folder into a sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        raise UserError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error

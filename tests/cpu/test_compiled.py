@@ -1,0 +1,189 @@
+"""`optimize(compile=True)`: the tokens of the plain model, compiled once."""
+
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from small import CLASSES, make_model, prompts
+from torch._dynamo.utils import counters
+from torchrun import ENVIRONMENT
+from transformers import DynamicCache, StaticCache
+
+import hf_llama3
+from hf_llama3.cpu import compiled as compiled_module
+from hf_llama3.cpu.compiled import CPU_ROWS, is_worth_it, prepare_static_cache
+
+SHAPES = [(1, 7), (2, 9), (1, 30), (4, 50), (3, 300)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def several_rows():
+    """Compile for several rows as well, as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_module, "CPU_ROWS", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    torch._dynamo.reset()
+    counters.clear()  # other tests compile too
+    return hf_llama3.optimize(make_model(), compile=True)
+
+
+def test_tokens_without_compiling_again(compiled):
+    """One row and several were compiled by `optimize`; lengths, caches and numbers of rows are symbols."""
+    plain, graphs = make_model(), counters["stats"]["unique_graphs"]
+    assert graphs == 2
+    for rows, length in SHAPES:
+        how = {"input_ids": prompts(rows, length), "max_new_tokens": 12, "do_sample": False}
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            ours = compiled.generate(**how)
+        assert torch.equal(ours, plain.generate(**how)), (rows, length)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize(
+    ("mode", "how"),
+    [(torch.inference_mode, {}), (torch.no_grad, {"prefill_chunk_size": 8})],
+    ids=["inference", "chunks"],
+)
+def test_other_callers_compile_nothing_again(mode, how, compiled):
+    """Callers in inference mode, of prompts made there, and a prompt read in chunks: 8 tokens, 8 and 5."""
+    plain = make_model()
+    for rows in (1, 2):
+        with mode(), torch._dynamo.config.patch(error_on_recompile=True):
+            ours = compiled.generate(prompts(rows, 21), max_new_tokens=12, do_sample=False, **how)
+        assert torch.equal(ours, plain.generate(prompts(rows, 21), max_new_tokens=12, do_sample=False))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@torch.inference_mode()
+def test_cache_of_inference_mode(compiled):
+    """A caller's own, filled in that mode, in which alone it may be written to."""
+    ids, plain = prompts(1, 9), make_model()
+    cache = StaticCache(config=compiled.config, max_cache_len=32)
+    compiled(ids[:, :5], past_key_values=cache, use_cache=True)
+    ours = compiled.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert torch.equal(ours, plain.generate(ids, max_new_tokens=6, do_sample=False))
+
+
+def test_the_step_is_compiled(compiled):
+    """All but the prompt's pass goes through the operator that compiled code calls."""
+    with torch.profiler.profile() as profile:
+        compiled.generate(prompts(), max_new_tokens=12, do_sample=False)
+    assert sum(event.name == "hf_llama3::packed_linear" for event in profile.events()) == 11 * 15
+
+
+@pytest.mark.parametrize(
+    ("rows", "how", "is_compiled"),
+    [
+        (1, {"max_new_tokens": 12}, True),
+        (1, {"max_length": 512}, True),
+        (1, {"max_new_tokens": 504}, False),
+        (1, {"max_length": 513}, False),
+        (2, {"max_new_tokens": 12}, False),
+        (1, {"max_new_tokens": 12, "num_return_sequences": 2}, False),
+    ],
+)
+def test_what_is_compiled_on_a_cpu(rows, how, is_compiled, compiled, monkeypatch):
+    """One short row, however the prompt is given; for others the step that is not compiled is the faster one."""
+    monkeypatch.setattr(compiled_module, "CPU_ROWS", CPU_ROWS)
+    prompt = prompts(rows, 9)
+    for args, more in (((prompt,), {}), ((), {"input_ids": prompt}), ((), {"inputs": prompt})):
+        assert is_worth_it(compiled, how | more, *args) is is_compiled
+    with mock.patch.object(type(compiled), "generate") as generate:
+        compiled.generate(prompt, **how)
+    assert ("compile_config" in generate.call_args.kwargs) is is_compiled
+
+
+@pytest.mark.parametrize(
+    ("how", "is_compiled"),
+    [
+        ({"use_cache": True, "output_hidden_states": False, "num_beams": 1}, True),
+        ({"use_cache": False}, False),
+        ({"output_hidden_states": True}, False),
+        ({"output_attentions": True}, False),
+        ({"num_beams": 2}, False),
+        ({"past_key_values": DynamicCache()}, False),
+    ],
+    ids=str,
+)
+def test_what_is_compiled(how, is_compiled, compiled):
+    with mock.patch.object(type(compiled), "generate") as generate:
+        compiled.generate(prompts(), max_new_tokens=4, **how)
+    assert ("compile_config" in generate.call_args.kwargs) is is_compiled
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": make_model(num_hidden_layers=1)},
+        {"cache_implementation": "dynamic"},
+        {"use_cache": False},
+        {"num_beams": 2},
+        {"do_sample": True},
+        {"output_hidden_states": True},
+    ],
+    ids=lambda how: next(iter(how)),
+)
+def test_other_ways_to_generate(how, compiled):
+    ids = prompts(1, 6).repeat(1, 3)
+    outputs = []
+    for model in (compiled, make_model()):
+        torch.manual_seed(0)
+        outputs.append(model.generate(ids, **{"max_new_tokens": 10, "do_sample": False} | how))
+    assert torch.equal(*outputs)
+
+
+def test_caches_double(compiled):
+    sizes = []
+    for length in (10, 256, 257, 20):
+        cache = prepare_static_cache(
+            compiled, "static", batch_size=1, max_cache_len=length, prefill_chunk_size=None, model_kwargs={}
+        )
+        sizes.append(cache.layers[0].max_cache_len)
+    assert sizes == [256, 256, 512, 256]
+
+
+def test_restored(compiled):
+    model = hf_llama3.optimize(make_model(), compile=True)
+    hf_llama3.restore(model)
+    assert vars(model).keys() == vars(make_model()).keys() | {"_previous_max_cache_length"}
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantized(quantize):
+    how = {"input_ids": prompts(), "max_new_tokens": 12, "do_sample": False}
+    theirs = hf_llama3.optimize(make_model(), quantize=quantize).generate(**how)
+    ours = hf_llama3.optimize(make_model(), quantize=quantize, compile=True).generate(**how)
+    assert torch.equal(ours, theirs)
+
+
+def test_upstream():
+    how = {"input_ids": prompts(), "max_new_tokens": 12, "do_sample": False}
+    assert "upstream" in CLASSES
+    theirs = make_model("upstream").generate(**how)
+    assert torch.equal(hf_llama3.optimize(make_model("upstream"), compile=True).generate(**how), theirs)
+
+
+COMPILE = """
+import hf_llama3
+from small import make_model
+from torch._dynamo.utils import counters
+hf_llama3.optimize(make_model(num_hidden_layers=1), compile=True)
+print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+def test_another_process_finds_the_code_on_disk(tmp_path):
+    """One graph is compiled by the first, for one row, and none by the second."""
+    environment = ENVIRONMENT | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for printed in ("1 0", "0 1"):
+        result = subprocess.run(
+            [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.stdout.strip() == printed, result.stderr
