@@ -1,4 +1,4 @@
-"""The application that commands are registered with."""
+"""The application that commands are registered with, and the group of `--help` that each stands in."""
 
 import os
 
@@ -11,11 +11,11 @@ app = typer.Typer(
 )
 
 
-def command(example: str):
-    """Register a command whose `--help` ends with a worked example."""
-    return app.command(epilog=f"Example: {example}")
+def command(example: str, group: str):
+    """Register a command in a group; its `--help` ends with a worked example."""
+    return app.command(epilog=f"Example: {example}", rich_help_panel=group)
 
 
 def is_first_process() -> bool:
-    """Whether this process is alone or the first of those that torchrun started."""
+    """Tell whether this process is alone or the first of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"

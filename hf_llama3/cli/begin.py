@@ -6,28 +6,30 @@ from typing import Annotated
 import typer
 
 from .app import command
-from .options import (
-    JsonFlag,
-)
+from .options import JsonFlag
 from .printing import print_json, print_list, print_table
 
+GROUP = "Begin"
 
-@command("hf-llama3 quickstart --output quickstart")
+
+@command("hf-llama3 quickstart --output quickstart", GROUP)
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder to make: OUTPUT/hf, OUTPUT/meta, OUTPUT/hf-again.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder to make, with the models hf, meta and hf-again in it.")] = Path(
         "quickstart"
     ),
-    text: Annotated[Path | None, typer.Option(help="Text to train on; Python's own documentation if omitted.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to train on; Python's own documentation if omitted.")
+    ] = None,
 ):
-    """Train a small Llama 3, convert it to Meta's format and back, verify, generate: all in two minutes."""
+    """Train a small Llama 3, convert it to Meta's format and back, verify it, generate with it: in about a minute."""
     from hf_llama3.quickstart import quickstart
 
     quickstart(output, text)
 
 
-@command("hf-llama3 doctor")
+@command("hf-llama3 doctor", GROUP)
 def doctor(as_json: JsonFlag = False):
-    """Say what is installed, what this machine has, and what to type where something is missing; exit 1 if it is."""
+    """Show what is installed and what this machine has; exit 1 if something that is needed is missing."""
     from hf_llama3.doctor import examine
 
     report = examine()

@@ -10,28 +10,35 @@ from hf_llama3.errors import UserError
 
 from .app import command
 from .options import (
-    HUB_NAME,
+    CHECKPOINT,
     DeviceMapOption,
     JsonFlag,
     MemoryOption,
     ModelArgument,
+    OverwriteFlag,
+    RopeOption,
+    group,
     one_of,
 )
-from .printing import print_json, print_list, print_table
+from .printing import print_json, print_list, print_next, print_table, size
+
+GROUP = "Checkpoints"
+SOURCE_OPTION, TARGET_OPTION, RUN_OPTION = group("What SOURCE is"), group("What TARGET is"), group("Run")
 
 
-@command("hf-llama3 inspect Meta-Llama-3-8B/original")
+@command("hf-llama3 inspect Meta-Llama-3-8B/original", GROUP)
 def inspect(
     path: ModelArgument,
-    rope_factor: Annotated[float | None, typer.Option(help="RoPE factor, where no file says it.")] = None,
+    rope_factor: RopeOption = None,
     device_map: DeviceMapOption = None,
     max_memory: MemoryOption = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Picture to draw: parameters by part; with --device-map, what goes where.")
+        Path | None,
+        typer.Option(help="Draw a picture: the parameters of each part or, with --device-map, of each device."),
     ] = None,
     as_json: JsonFlag = False,
 ):
-    """Say what a checkpoint is, what had to be inferred, and where its layers would go (--device-map)."""
+    """Show what a checkpoint is, what had to be inferred, and with --device-map where its layers would go."""
     from hf_llama3.conversion import inspect
 
     info = inspect(path, rope_factor).to_dict()
@@ -59,37 +66,47 @@ def inspect(
         print_table(placement.table())
 
 
-@command("hf-llama3 convert Meta-Llama-3-8B/original llama-3-8b")
+@command("hf-llama3 convert Meta-Llama-3-8B/original llama-3-8b", GROUP)
 def convert(
-    source: Annotated[str, typer.Argument(help=f"Folder of either format, which is not changed, or {HUB_NAME}.")],
+    source: Annotated[str, typer.Argument(help=f"Checkpoint to read: {CHECKPOINT}. It is not changed.")],
     target: Annotated[Path, typer.Argument(help="Folder to make.")],
     to: Annotated[
-        str | None, typer.Option(help="hf or meta; the format that SOURCE is not, if omitted.", **one_of("hf", "meta"))
+        str | None,
+        TARGET_OPTION(help="Format: hf or meta; the one that SOURCE is not if omitted.", **one_of("hf", "meta")),
     ] = None,
-    mp: Annotated[int | None, typer.Option(help="Model-parallel shards of a Meta target.")] = None,
+    mp: Annotated[int | None, TARGET_OPTION(help="Number of model-parallel shards in Meta's format.")] = None,
     model_type: Annotated[
         str | None,
-        typer.Option(
+        TARGET_OPTION(
             "--as",
-            help="llama (default): every tool reads it; llama3: our type, with its code.",
+            help="Model type: llama, which every tool reads, or llama3, this package's own with its code.",
+            show_default="llama",
             **one_of("llama", "llama3"),
         ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Type to cast to; every tensor keeps its own if omitted.")] = None,
-    rope_factor: Annotated[float | None, typer.Option(help="RoPE factor, where no file says it.")] = None,
+    dtype: Annotated[
+        str | None, TARGET_OPTION(help="Type to cast all tensors to; each keeps its own if omitted.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, TARGET_OPTION(help="Size of the largest safetensors file.", show_default="5GB")
+    ] = None,
+    rope_factor: Annotated[
+        float | None, SOURCE_OPTION(help="RoPE scaling factor of a Meta directory that does not say it.")
+    ] = None,
     llama_version: Annotated[
-        str | None, typer.Option(help="2, 3.0, 3.1, 3.2 or 3.3, where the inferred one is wrong.")
+        str | None, SOURCE_OPTION(help="Version (2, 3.0, 3.1, 3.2 or 3.3), where the inferred one is wrong.")
     ] = None,
     instruct: Annotated[
-        bool | None, typer.Option("--instruct/--base", help="Whether a Meta checkpoint was tuned for dialogue.")
+        bool | None, SOURCE_OPTION("--instruct/--base", help="Whether a Meta checkpoint was tuned for dialogue.")
     ] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help="Largest safetensors file, 5GB if omitted.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan all, write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET once the new one is whole.")] = False,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare every tensor to the bit after.")] = True,
+    dry_run: Annotated[bool, RUN_OPTION("--dry-run", help="Check and plan everything, write nothing.")] = False,
+    overwrite: OverwriteFlag = False,
+    verify: Annotated[
+        bool, RUN_OPTION("--verify/--no-verify", help="Compare every tensor of the result to the bit.")
+    ] = True,
     as_json: JsonFlag = False,
 ):
-    """Convert Meta's format to Hugging Face's or back, or divide Meta's into other shards (--to meta --mp N)."""
+    """Convert Meta's format to Hugging Face's or back, or re-shard Meta's (--to meta --mp N)."""
     from hf_llama3.conversion import convert
 
     report = convert(
@@ -113,22 +130,28 @@ def convert(
         return
     files, inferred, notes = report.pop("files"), report.pop("inferred"), report.pop("notes")
     verification, source_files = report.pop("verification"), report.pop("source_files")
-    report["verified"] = f"{verification['tensors']} tensors bit-equal" if verification else "no"
-    listed = {f"reads {name}": size for name, size in source_files.items()}
-    listed |= {f"writes {name}": size for name, size in files.items()}
-    print_table(report | {name: f"{size:,} bytes" for name, size in listed.items()})
+    report["largest_rounding_error"] = report.pop("largest_error")
+    report["memory_bytes_at_most"] = size(report.pop("memory_bytes"))
+    report["verified"] = f"{verification['tensors']} tensors equal to the bit" if verification else "no"
+    listed = {f"reads {name}": size(count) for name, count in source_files.items()}
+    listed |= {f"writes {name}": size(count) for name, count in files.items()}
+    print_table(report | listed)
     print_list("Inferred", inferred)
     print_list("Note", notes)
+    if not dry_run:
+        print_next("generate", target, "The capital of France is")
 
 
-@command("hf-llama3 verify Meta-Llama-3-8B/original llama-3-8b")
+@command("hf-llama3 verify Meta-Llama-3-8B/original llama-3-8b", GROUP)
 def verify(
-    source: Annotated[Path, typer.Argument(help="Folder of either format.")],
-    target: Annotated[Path, typer.Argument(help="Folder of either format.")],
-    logits: Annotated[bool, typer.Option("--logits", help="Compute the logits of both as well, streamed.")] = False,
+    source: Annotated[Path, typer.Argument(help="Folder in either format.")],
+    target: Annotated[Path, typer.Argument(help="Folder in either format.")],
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Compute the logits of both as well, layer by layer.")
+    ] = False,
     as_json: JsonFlag = False,
 ):
-    """Compare two checkpoints: every tensor to the bit, the configuration, the tokenizer; exit 1 if they differ."""
+    """Compare two checkpoints: every tensor to the bit, configuration, tokenizer; exit 1 if they differ."""
     from hf_llama3.conversion import verify
 
     report = verify(source, target, logits, progress=True).to_dict()

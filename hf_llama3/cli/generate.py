@@ -11,7 +11,9 @@ from hf_llama3.text import BATCH_SIZE, MAX_NEW_TOKENS
 
 from .app import command
 from .options import (
-    HUB_NAME,
+    CHECKPOINT,
+    DEVICES,
+    SPEED,
     CompileFlag,
     DeviceMapOption,
     DtypeOption,
@@ -19,6 +21,7 @@ from .options import (
     MaxNewOption,
     MemoryOption,
     ModelArgument,
+    OverwriteFlag,
     QuantizeOption,
     RopeOption,
     SeedOption,
@@ -26,37 +29,44 @@ from .options import (
     TopPOption,
     one_of,
 )
-from .printing import print_json, print_list, print_table
+from .printing import print_json, print_list, print_next, print_table, size
+
+GROUP = "Text"
 
 
-@command("hf-llama3 generate llama-3-8b 'The capital of France is' --max-new-tokens 20")
+@command("hf-llama3 generate llama-3-8b 'The capital of France is' --max-new-tokens 20", GROUP)
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str | None, typer.Argument(help="Text to complete.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="File with a prompt on each line.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to complete; an instruct model gets it as a user's message.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line, in place of PROMPT.")] = None,
     max_new_tokens: MaxNewOption = MAX_NEW_TOKENS,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     dtype: DtypeOption = "auto",
     rope_factor: RopeOption = None,
-    optimize: Annotated[bool, typer.Option("--optimize", help="Generate faster; --quantize and --compile do.")] = False,
+    optimize: Annotated[bool, SPEED("--optimize", help="Use fast kernels; --quantize and --compile imply it.")] = False,
     quantize: QuantizeOption = None,
     compile: CompileFlag = False,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = BATCH_SIZE,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends a completion; can be given several times.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Number of prompts in a batch.")] = BATCH_SIZE,
     output: Annotated[
-        Path | None, typer.Option(help="File to write, a line of JSON for each prompt; the same command goes on.")
+        Path | None, typer.Option(help="File to write, one line of JSON for each prompt; the same command resumes it.")
     ] = None,
     device_map: DeviceMapOption = None,
     max_memory: MemoryOption = None,
-    offload_folder: Annotated[Path | None, typer.Option(help="For weights that fit on no device.")] = None,
+    offload_folder: Annotated[Path | None, DEVICES(help="Folder for weights that fit on no device.")] = None,
     parallel: Annotated[
-        str | None, typer.Option(help=f"Under torchrun: {', '.join(PARALLEL)}.", **one_of(*PARALLEL))
+        str | None,
+        DEVICES(help=f"Share the work between torchrun's processes: {', '.join(PARALLEL)}.", **one_of(*PARALLEL)),
     ] = None,
     as_json: JsonFlag = False,
 ):
-    """Complete a prompt, or each line of a file; on several devices by --device-map, or torchrun and --parallel."""
+    """Complete a prompt, or each line of a file; use several devices by --device-map, or by torchrun and --parallel."""
     if (prompt is None) == (prompts is None):
         raise UserError("give either a prompt or --prompts with a file")
     from hf_llama3.distributed.parallel import join
@@ -77,24 +87,24 @@ def generate(
             return
         completions = complete(loaded, tokenizer, texts, job, batch_size, group, progress=True)
         if as_json:
-            found = [completion.to_dict() for completion in completions]
+            records = [completion.to_dict() for completion in completions]
             if group.is_first:
-                print_json(found)
+                print_json(records)
             return
         for completion in completions:
             print(completion.prompt + completion.text, flush=True)
 
 
-@command("hf-llama3 pack llama-3-8b llama-3-8b-int4 --quantize int4")
+@command("hf-llama3 pack llama-3-8b llama-3-8b-int4 --quantize int4", GROUP)
 def pack(
-    source: Annotated[str, typer.Argument(help=f"Folder of either format, which is not changed, or {HUB_NAME}.")],
+    source: Annotated[str, typer.Argument(help=f"Checkpoint to read: {CHECKPOINT}. It is not changed.")],
     target: Annotated[Path, typer.Argument(help="Folder to make.")],
     quantize: QuantizeOption = None,
     rope_factor: RopeOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET once the new one is whole.")] = False,
+    overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ):
-    """Write a folder that starts at once on a CPU: weights as --optimize or --quantize would make them each time."""
+    """Write a folder whose weights are optimised or quantised already, so that it starts faster on a CPU."""
     from hf_llama3.cpu.packing import pack_model
 
     report = pack_model(source, target, quantize, rope_factor=rope_factor, overwrite=overwrite, progress=True).to_dict()
@@ -102,11 +112,12 @@ def pack(
         print_json(report)
         return
     files, notes = report.pop("files"), report.pop("notes")
-    print_table(report | {f"writes {name}": f"{size:,} bytes" for name, size in files.items()})
+    print_table(report | {f"writes {name}": size(count) for name, count in files.items()})
     print_list("Note", notes)
+    print_next("generate", target, "The capital of France is")
 
 
-@command("hf-llama3 chat Meta-Llama-3-8B-Instruct --quantize int8")
+@command("hf-llama3 chat Meta-Llama-3-8B-Instruct --quantize int8", GROUP)
 def chat(
     model: ModelArgument,
     max_new_tokens: MaxNewOption = MAX_NEW_TOKENS,
@@ -118,7 +129,7 @@ def chat(
     quantize: QuantizeOption = None,
     compile: CompileFlag = False,
 ):
-    """Talk with a model; Ctrl-C stops an answer, Ctrl-D ends."""
+    """Chat with a model; Ctrl-C stops an answer, Ctrl-D ends the chat."""
     from hf_llama3.text.chat import chat
     from hf_llama3.text.loading import load_model
 

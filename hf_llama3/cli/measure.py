@@ -8,31 +8,26 @@ import typer
 from hf_llama3.errors import UserError
 
 from .app import command
-from .options import (
-    CompileFlag,
-    DtypeOption,
-    JsonFlag,
-    ModelArgument,
-    QuantizeOption,
-    RopeOption,
-)
+from .options import SPEED, CompileFlag, DtypeOption, JsonFlag, ModelArgument, QuantizeOption, RopeOption
 from .printing import print_json, print_table
 
+GROUP = "Measure"
 
-@command("hf-llama3 bench llama-3-8b --quantize int8")
+
+@command("hf-llama3 bench llama-3-8b --quantize int8", GROUP)
 def bench(
     model: ModelArgument,
-    prompt_tokens: Annotated[int, typer.Option(help="Of each prompt.")] = 64,
-    new_tokens: Annotated[int, typer.Option(help="For each prompt.")] = 32,
-    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt in tokens.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Number of prompts in a batch.")] = 1,
     dtype: DtypeOption = "auto",
     rope_factor: RopeOption = None,
-    optimize: Annotated[bool, typer.Option(help="As hf_llama3.optimize does.")] = True,
+    optimize: Annotated[bool, SPEED(help="Optimise the model as hf_llama3.optimize does.")] = True,
     quantize: QuantizeOption = None,
     compile: CompileFlag = False,
     as_json: JsonFlag = False,
 ):
-    """Measure how fast a model generates, beside how fast the memory is read."""
+    """Measure how fast a model generates, and compare it with the speed at which this machine reads memory."""
     from hf_llama3.measure.bench import bench
     from hf_llama3.text.loading import load_model
 
@@ -41,17 +36,20 @@ def bench(
     print_json(report) if as_json else print_table(report)
 
 
-@command("hf-llama3 evaluate llama-3-8b --text held-out.txt")
+@command("hf-llama3 evaluate llama-3-8b --text held-out.txt", GROUP)
 def evaluate(
     model: ModelArgument,
-    text: Annotated[Path, typer.Option(help="Text in UTF-8.")],
-    context: Annotated[int | None, typer.Option(help="Tokens per window; the model's, but at most 2,048.")] = None,
+    text: Annotated[Path, typer.Option(help="Text file in UTF-8.")],
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in a window.", show_default="the model's, at most 2,048")
+    ] = None,
     dtype: DtypeOption = "auto",
     rope_factor: RopeOption = None,
     quantize: QuantizeOption = None,
-    keep: Annotated[bool, typer.Option("--record", help="Put the result into the folder, for its card.")] = False,
+    keep: Annotated[bool, typer.Option("--record", help="Write the result into the folder, for its card.")] = False,
     benchmark: Annotated[
-        str | None, typer.Option(help="With --record: the text is OWNER/DATASET:TASK, a benchmark on the Hub.")
+        str | None,
+        typer.Option(help="With --record: the benchmark on the Hub that the text is, as OWNER/DATASET:TASK."),
     ] = None,
     as_json: JsonFlag = False,
 ):

@@ -26,20 +26,41 @@ def one_of(*names: str) -> dict:
     return {"autocompletion": complete, "callback": check}
 
 
-HUB_NAME = "owner/name on the Hub, which @revision may follow"
-ModelArgument = Annotated[str, typer.Argument(help=f"Folder of either format, or {HUB_NAME}.")]
-DtypeOption = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.", **one_of(*DTYPES))]
+def group(name: str):
+    """Return `typer.Option` for the options of one group in a long `--help`."""
+
+    def option(*flags: str, **settings):
+        return typer.Option(*flags, rich_help_panel=name, **settings)
+
+    return option
+
+
+DEVICES, SPEED = group("Devices"), group("Speed")
+
+CHECKPOINT = "a folder in either format, or a repository on the Hub as OWNER/NAME[@REVISION]"
+ModelArgument = Annotated[str, typer.Argument(help=f"Model: {CHECKPOINT}.")]
+DtypeOption = Annotated[str, SPEED(help=f"Type of the weights: {', '.join(DTYPES)}.", **one_of(*DTYPES))]
 QuantizeOption = Annotated[
-    str | None, typer.Option(help=f"Weights of {' or '.join(QUANTIZATIONS)}.", **one_of(*QUANTIZATIONS))
+    str | None,
+    SPEED(help=f"Quantise the weights to {' or '.join(QUANTIZATIONS)} (on a CPU).", **one_of(*QUANTIZATIONS)),
 ]
-CompileFlag = Annotated[bool, typer.Option("--compile", help="Decode by a compiled step; to compile takes a minute.")]
-RopeOption = Annotated[float | None, typer.Option(help="Of a directory of Meta's, where no file says it.")]
-MaxNewOption = Annotated[int, typer.Option(help="At most, for each prompt.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token each time.")]
-TopPOption = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.")]
+CompileFlag = Annotated[bool, SPEED("--compile", help="Compile the decode step first, which takes about a minute.")]
+RopeOption = Annotated[float | None, typer.Option(help="RoPE scaling factor of a Meta directory that does not say it.")]
+MaxNewOption = Annotated[int, typer.Option(help="Generate at most this many tokens for a prompt.")]
+TemperatureOption = Annotated[float, typer.Option(help="Sampling temperature; 0 decodes greedily.")]
+TopPOption = Annotated[
+    float, typer.Option(help="Sample from the likeliest tokens that together have this probability.")
+]
 DeviceMapOption = Annotated[
-    str | None, typer.Option(help=f"Layers over devices: {', '.join(DEVICE_MAPS)}.", **one_of(*DEVICE_MAPS))
+    str | None,
+    DEVICES(help=f"Place the layers on several devices: {', '.join(DEVICE_MAPS)}.", **one_of(*DEVICE_MAPS)),
 ]
-MemoryOption = Annotated[str | None, typer.Option(help='JSON: what each device may take, as {"0": "20GiB"}.')]
-SeedOption = Annotated[int, typer.Option(help="Of the sampling.")]
+MemoryOption = Annotated[str | None, DEVICES(help='Memory limit of each device, as JSON: {"0": "20GiB"}.')]
+SeedOption = Annotated[int, typer.Option(help="Seed of the sampling.")]
+OverwriteFlag = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing TARGET once the new one is complete.")
+]
+LicenseOption = Annotated[
+    str | None, typer.Option(help="Licence, by the Hub's identifier; the one that the folder states if omitted.")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]

@@ -1,6 +1,9 @@
-"""What commands print: JSON, tables and lists."""
+"""What commands print: JSON for programs; tables, lists and the next command for people."""
 
 import json
+import shlex
+
+UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def print_json(value):
@@ -8,14 +11,55 @@ def print_json(value):
 
 
 def print_table(rows: dict):
-    """Print names and values in two columns."""
-    width = max(map(len, rows))
+    """Print names and values in two columns; what is absent or empty has no row."""
+    rows = {label(name): present(name, value) for name, value in rows.items() if value is not None and value != []}
+    width = max(map(len, rows), default=0)
     for name, value in rows.items():
-        print(
-            f"{name.replace('_', ' '):<{width}}  {value:,}"
-            if type(value) is int
-            else f"{name.replace('_', ' '):<{width}}  {value}"
-        )
+        print(f"{name:<{width}}  {value}")
+
+
+def label(name: str) -> str:
+    """Return the name of a row: a field's name without what its value says, a unit or that it is a number."""
+    name = name.removeprefix("num_")
+    for unit in ("_bytes", "_seconds"):
+        name = name.removesuffix(unit)
+    return {"bytes": "size", "seconds": "time"}.get(name, name).replace("_", " ")
+
+
+def present(name: str, value) -> str:
+    """Return a value as people read it, by its type and the unit at the end of its field's name."""
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case int() | float() if name.endswith("bytes"):
+            return size(value)
+        case int() | float() if name.endswith("seconds") and "milliseconds" not in name:
+            return duration(value)
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        case list() | tuple():
+            return ", ".join(present("", item) for item in value)
+        case dict():
+            return ", ".join(f"{key} {present(str(key), item)}" for key, item in value.items())
+    return str(value)
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in the decimal unit in which it has one to three digits before the point."""
+    for unit in UNITS:
+        if count < 999.5 or unit == UNITS[-1]:
+            return f"{count:,.0f} {unit}" if unit in ("bytes", UNITS[-1]) else f"{count:.3g} {unit}"
+        count /= 1000
+
+
+def duration(seconds: float) -> str:
+    """Return a time in seconds, or from two minutes on in minutes and hours."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def print_list(title: str, sentences: list[str], at_most: int = 10):
@@ -23,3 +67,8 @@ def print_list(title: str, sentences: list[str], at_most: int = 10):
         print(f"{title}: {sentence}")
     if len(sentences) > at_most:
         print(f"{title}: ... and {len(sentences) - at_most} more")
+
+
+def print_next(*words):
+    """Print the command that a user is likely to type next."""
+    print(f"\nNext: hf-llama3 {shlex.join(map(str, words))}")

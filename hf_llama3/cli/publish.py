@@ -6,40 +6,43 @@ from typing import Annotated
 import typer
 
 from .app import command
-from .options import (
-    JsonFlag,
-)
-from .printing import print_json, print_list, print_table
+from .options import JsonFlag, LicenseOption
+from .printing import print_json, print_list, print_table, size
+
+GROUP = "Publish"
 
 
-@command("hf-llama3 card runs/shakespeare --license apache-2.0")
+@command("hf-llama3 card runs/shakespeare --license apache-2.0", GROUP)
 def card(
     folder: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
-    license: Annotated[str | None, typer.Option(help="As the Hub knows it; the folder's own if omitted.")] = None,
-    output: Annotated[Path | None, typer.Option(help="File to write; standard output if omitted.")] = None,
+    license: LicenseOption = None,
+    output: Annotated[Path | None, typer.Option(help="File to write.", show_default="README.md in the folder")] = None,
+    only_print: Annotated[bool, typer.Option("--print", help="Print the card, write nothing.")] = False,
 ):
-    """Make the model card of a folder from what its files say."""
+    """Write the model card of a folder from what its files say; what you wrote in it is kept."""
     from hf_llama3.model_card import build_card, write_card
 
     content = build_card(folder, license, card=output, progress=True)
-    if output is None:
+    if only_print:
         print(content, end="")
         return
+    output = output or folder / "README.md"
     write_card(output, content)
+    print(f"Wrote {output}")
 
 
-@command("hf-llama3 push runs/shakespeare my-name/tiny-shakespeare --license apache-2.0 --dry-run")
+@command("hf-llama3 push runs/shakespeare my-name/tiny-shakespeare --license apache-2.0 --dry-run", GROUP)
 def push(
     folder: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
-    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made where it does not exist.")],
-    license: Annotated[str | None, typer.Option(help="As the Hub knows it; the folder's own if omitted.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, or a pull request as refs/pr/1.")] = None,
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; it is created if it does not exist.")],
+    license: LicenseOption = None,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to, or a pull request as refs/pr/1.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print what would be uploaded.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show what would be uploaded.")] = False,
     as_json: JsonFlag = False,
 ):
-    """Check a folder, make its card, and upload what belongs to the model; the same command goes on."""
+    """Check a folder, write its card and upload the files of the model; the same command resumes an upload."""
     from hf_llama3.model_card import publish
 
     report = publish(
@@ -57,11 +60,10 @@ def push(
         return
     files, left_out, notes = report.pop("files"), report.pop("left_out"), report.pop("notes")
     print_table(report)
-    for name, size in files.items():
-        print(f"{size:>15,}  {name}")
+    print_table({f"file {name}": size(count) for name, count in files.items()})
     print_list("Left out", left_out)
     print_list("Note", notes)
     if not dry_run:
         at = f", revision={report['revision']!r}" if report["revision"] else ""
         trust = ", trust_remote_code=True" if "modeling_llama3.py" in files else ""
-        print(f'\nAutoModelForCausalLM.from_pretrained("{repo_id}"{at}{trust})')
+        print(f'\nNext: AutoModelForCausalLM.from_pretrained("{repo_id}"{at}{trust})')

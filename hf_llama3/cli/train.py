@@ -9,73 +9,91 @@ import typer
 from hf_llama3.training.settings import PRESETS, Settings, make_settings
 
 from .app import command, is_first_process
-from .options import (
-    JsonFlag,
-    one_of,
-)
-from .printing import print_json, print_list, print_table
+from .options import JsonFlag, group, one_of
+from .printing import print_json, print_list, print_next, print_table
 
+GROUP = "Train"
 SETTINGS = {field.name for field in fields(Settings)}
+DATA, MODEL, OPTIMISATION, RUN = group("Data"), group("Model"), group("Optimisation"), group("Run")
 
 
-def default(name: str) -> str:
-    """Say what an option of `train` is where neither it nor a preset says."""
-    return f"{getattr(Settings, name)} if omitted, save by a preset."
+def usual(name: str, or_else: str = "") -> dict:
+    """Show an option's default, which a preset may replace, where typer shows defaults."""
+    return {"show_default": f"{getattr(Settings, name)}{or_else}"}
 
 
-@command("hf-llama3 train --text tinyshakespeare.txt --output runs/shakespeare --preset shakespeare-cpu")
+@command("hf-llama3 train --text tinyshakespeare.txt --output runs/shakespeare --preset shakespeare-cpu", GROUP)
 def train(
     called: typer.Context,
-    text: Annotated[Path, typer.Option(help="Text in UTF-8, of any size.")],
-    output: Annotated[Path, typer.Option(help="Model folder to make.")],
+    text: Annotated[Path, DATA(help="Text file in UTF-8, of any size.")],
+    output: Annotated[Path, RUN(help="Model folder to make.")],
     preset: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(PRESETS)}; options add to it.", **one_of(*PRESETS))
+        str | None,
+        RUN(help=f"Named settings: {', '.join(PRESETS)}; other options override them.", **one_of(*PRESETS)),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help=f"char, bpe:N (N tokens), or a folder with one. {default('tokenizer')}")
+        str | None,
+        DATA(help="char, bpe:N for N tokens, or a folder with a tokenizer.", **usual("tokenizer")),
     ] = None,
-    layers: Annotated[int | None, typer.Option(help=f"Decoder layers. {default('layers')}")] = None,
-    hidden_size: Annotated[int | None, typer.Option(help=f"Width. {default('hidden_size')}")] = None,
+    validation_share: Annotated[
+        float | None, DATA(help="Share of the text that measures the model.", **usual("validation_share"))
+    ] = None,
+    test_share: Annotated[
+        float | None, DATA(help="Share of the text that is used once, at the end.", **usual("test_share"))
+    ] = None,
+    source: Annotated[str | None, MODEL("--from", help="Folder of a model to continue from.")] = None,
+    lora: Annotated[int | None, MODEL(help="Train LoRA adapters of this rank instead of the weights.")] = None,
+    layers: Annotated[int | None, MODEL(help="Number of decoder layers.", **usual("layers"))] = None,
+    hidden_size: Annotated[int | None, MODEL(help="Width of the hidden states.", **usual("hidden_size"))] = None,
     intermediate_size: Annotated[
-        int | None, typer.Option(help="Width of the feed-forward; 8/3 of the model's if omitted.")
+        int | None, MODEL(help="Width of the feed-forward.", show_default="8/3 of the hidden size")
     ] = None,
-    heads: Annotated[int | None, typer.Option(help=f"Query heads. {default('heads')}")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help=f"Key/value heads. {default('kv_heads')}")] = None,
-    context: Annotated[int | None, typer.Option(help=f"Tokens per window. {default('context')}")] = None,
-    dropout: Annotated[float | None, typer.Option(help=f"Probability. {default('dropout')}")] = None,
-    steps: Annotated[int | None, typer.Option(help=f"Optimiser steps. {default('steps')}")] = None,
+    heads: Annotated[int | None, MODEL(help="Number of query heads.", **usual("heads"))] = None,
+    kv_heads: Annotated[int | None, MODEL(help="Number of key/value heads.", **usual("kv_heads"))] = None,
+    context: Annotated[int | None, MODEL(help="Number of tokens in a window.", **usual("context"))] = None,
+    dropout: Annotated[float | None, MODEL(help="Dropout probability.", **usual("dropout"))] = None,
+    steps: Annotated[int | None, OPTIMISATION(help="Number of optimiser steps.", **usual("steps"))] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help=f"Windows per step, over all processes. {default('batch_size')}")
+        int | None, OPTIMISATION(help="Windows in a step, over all processes.", **usual("batch_size"))
     ] = None,
     accumulate: Annotated[
-        int | None, typer.Option(help=f"Parts that a step is computed in. {default('accumulate')}")
+        int | None, OPTIMISATION(help="Parts in which a step is computed, to save memory.", **usual("accumulate"))
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help=f"AdamW's, at its peak. {default('learning_rate')} 1e-4 with --from.")
+        float | None,
+        OPTIMISATION(help="Peak learning rate of AdamW.", **usual("learning_rate", "; 1e-4 with --from")),
     ] = None,
     matrix_learning_rate: Annotated[
         float | None,
-        typer.Option(help=f"Muon's; 0: AdamW trains all. {default('matrix_learning_rate')} 0 with --from."),
+        OPTIMISATION(
+            help="Peak learning rate of Muon, which trains the matrices of the layers; 0 leaves them to AdamW.",
+            **usual("matrix_learning_rate", "; 0 with --from"),
+        ),
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help=f"Of matrices. {default('weight_decay')}")] = None,
-    warmup: Annotated[float | None, typer.Option(help=f"Share of the steps. {default('warmup')}")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; a tenth if omitted.")] = None,
-    validation_share: Annotated[float | None, typer.Option(help=f"Of the text. {default('validation_share')}")] = None,
-    test_share: Annotated[float | None, typer.Option(help=f"Of the text. {default('test_share')}")] = None,
-    source: Annotated[str | None, typer.Option("--from", help="Folder of a model to go on from.")] = None,
-    lora: Annotated[int | None, typer.Option(help="Rank of adapters to train in place of the weights.")] = None,
+    weight_decay: Annotated[
+        float | None, OPTIMISATION(help="Weight decay of the matrices.", **usual("weight_decay"))
+    ] = None,
+    warmup: Annotated[
+        float | None, OPTIMISATION(help="Share of the steps in which the learning rate rises.", **usual("warmup"))
+    ] = None,
+    seed: Annotated[int | None, OPTIMISATION(help="Seed of weights, windows and dropout.", **usual("seed"))] = None,
     bf16: Annotated[
-        bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; on a GPU that can if omitted.")
+        bool | None,
+        RUN("--bf16/--no-bf16", help="Compute in bfloat16.", show_default="on a GPU that supports it"),
     ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="By torch.compile.")] = False,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Of activations: less memory.")] = False,
-    fsdp: Annotated[bool, typer.Option("--fsdp", help="Divide the model among processes (under torchrun).")] = False,
-    license: Annotated[str | None, typer.Option(help="Licence of the model, as the Hub knows it.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    seed: Annotated[int | None, typer.Option(help=f"Of weights, windows, dropout. {default('seed')}")] = None,
+    compile: Annotated[bool, RUN("--compile", help="Compile the model with torch.compile.")] = False,
+    checkpointing: Annotated[
+        bool, RUN("--checkpointing", help="Recompute activations in the backward pass, to save memory.")
+    ] = False,
+    fsdp: Annotated[bool, RUN("--fsdp", help="Shard the model among torchrun's processes (FSDP2).")] = False,
+    eval_every: Annotated[
+        int | None, RUN(help="Number of steps between evaluations.", show_default="a tenth of the steps")
+    ] = None,
+    resume: Annotated[bool, RUN("--resume", help="Continue an interrupted run.")] = False,
+    license: Annotated[str | None, RUN(help="Write a model card with this licence, by the Hub's identifier.")] = None,
     as_json: JsonFlag = False,
 ):
-    """Train a Llama 3 on a text and leave a model folder; several processes: torchrun -m hf_llama3 train ..."""
+    """Train a Llama 3 on a text and write a model folder; for several processes: torchrun -m hf_llama3 train ..."""
     settings = make_settings(preset, **{name: value for name, value in called.params.items() if name in SETTINGS})
     from hf_llama3.model_card import build_card, check_license, write_card
     from hf_llama3.training.recipe import train
@@ -94,3 +112,4 @@ def train(
     notes = report.pop("notes")
     print_table(report)
     print_list("Note", notes)
+    print_next("generate", output, "Once upon a time", "--temperature", "0.8")

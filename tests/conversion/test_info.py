@@ -42,7 +42,7 @@ def test_picture(tmp_path):
     write_meta(tmp_path / "meta", params())
     hf_model(tied=True).save_pretrained(tmp_path / "tied")
     for folder, head in (("meta", "32,768, 20.0%"), ("tied", "the embedding's")):
-        assert "num parameters" in run("inspect", tmp_path / folder, "--plot", tmp_path / "parts.svg").stdout
+        assert "parameters" in run("inspect", tmp_path / folder, "--plot", tmp_path / "parts.svg").stdout
         texts = "\n".join(re.findall("<!-- (.*?) -->", (tmp_path / "parts.svg").read_text(), re.DOTALL))
         assert all(part in texts for part in MODULES) and head in texts
     run("inspect", tmp_path / "meta", "--plot", tmp_path / "parts.png", "--json")
@@ -59,7 +59,7 @@ def test_what_cannot_be_drawn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it raises
     result = run(*plot, tmp_path / "a.png")
     assert 'Note: no picture was drawn; for one, pip install "hf_llama3[plot]"' in result.stderr
-    assert "num parameters" in result.stdout and not (tmp_path / "a.png").exists()
+    assert "parameters" in result.stdout and not (tmp_path / "a.png").exists()
 
 
 def test_it_is_drawn_from_headers(tmp_path):

@@ -54,7 +54,7 @@ def test_what_is_left(trained, text, tmp_path):
     assert tokenizer.decode(tokenizer("The class\n")["input_ids"]) == "The class\n"
     run("convert", output, tmp_path / "meta", "--to", "meta")
     run("generate", output, "The", "--max-new-tokens", 3)
-    assert "](curves.png)" in run("card", output, "--license", "mit").stdout
+    assert "](curves.png)" in run("card", output, "--license", "mit", "--print").stdout
 
 
 def test_validation_loss_is_that_of_the_whole_part(trained, text):
