@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 
 from .formats.storage import Part, StoredTensor, row_blocks
 from .weights import EMBEDDING, OUTPUT, Row, sizes
@@ -106,7 +106,7 @@ def check_names(found: set[str], expected: set[str], path: Path):
     problems = []
     for verb, names in (("lacks", expected - found), ("holds unknown", found - expected)):
         if names:
-            first = ", ".join(map(repr, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
+            first = ", ".join(map(quoted, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
             problems.append(f"{verb} {len(names)} tensor{'s' * (len(names) > 1)}: {first}")
     if problems:
         raise UserError(f"{path} {' and '.join(problems)}")

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, shown
 from hf_llama3.files.atomic import SIGNS, is_unfinished
 
 from .checkpoint import Checkpoint
@@ -76,7 +76,7 @@ def locate(path: Path) -> Path:
             f"{path} holds {shards[0].name} but no {PARAMS_FILE}; pass the folder that Meta's download made"
         )
     entries = sorted(path.iterdir())
-    found = ", ".join(entry.name for entry in entries[:4]) or "nothing"
+    found = ", ".join(shown(entry.name, 60) for entry in entries[:4]) or "nothing"
     within = [entry for entry in entries if any(os.access(entry / sign, os.R_OK) for sign in SIGNS)]
     remedy = f"; pass {within[0]}" if within else ""
     formats = f"a Hugging Face folder (config.json) nor one of Meta's ({PARAMS_FILE})"

@@ -12,6 +12,7 @@ from checkpoints import hf_model, params, real_tokenizer, write_meta
 from command_line import refuse, run
 from safetensors.torch import load_file, save_file
 
+from hf_llama3.errors import for_terminal
 from hf_llama3.training.tokenizer import tiktoken_tokenizer, train_bpe
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 400
@@ -129,7 +130,7 @@ def test_generate(form, talker):
     assert [completion["prompt"] for completion in completions] == ["The quick"]
     assert 0 < len(completions[0]["token_ids"]) <= 5
     again = run("generate", folder, "The quick", "--max-new-tokens", 5).stdout
-    assert again == "The quick" + completions[0]["text"] + "\n"
+    assert again == for_terminal("The quick" + completions[0]["text"] + "\n")
 
 
 def test_generate_from_a_file(talker, tmp_path):

@@ -2,7 +2,7 @@
 
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted, shown
 from hf_llama3.files.json import read_json
 
 from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, same_tensors
@@ -75,18 +75,22 @@ def find_weights(folder: Path) -> dict[str, StoredTensor]:
 def read_sharded(folder: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / INDEX} must hold a `weight_map` from tensors to files, got {weight_map!r}")
+        raise UserError(f"{folder / INDEX} must hold a `weight_map` from tensors to files, got {quoted(weight_map)}")
     tensors = {}
     for name in sorted({str(file) for file in weight_map.values()}):
         if {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}:
-            raise UserError(f"{folder / INDEX} must name plain files beside it, got {name!r}; do not trust this folder")
+            raise UserError(
+                f"{folder / INDEX} must name plain files beside it, got {quoted(name)}; do not trust this folder"
+            )
         if not (folder / name).is_file():
-            raise UserError(f"{folder} lacks {name}, which its index names; download it")
+            raise UserError(f"{folder} lacks {shown(name)}, which its index names; download it")
         found = read_safetensors(folder / name)
         if twice := sorted(found.keys() & tensors.keys()):
-            raise UserError(f"{folder / name} holds {twice[0]!r}, which another file holds as well")
+            raise UserError(f"{folder / name} holds {quoted(twice[0])}, which another file holds as well")
         tensors |= found
         if found.keys() != (listed := {key for key, file in weight_map.items() if file == name}):
             differing = sorted(found.keys() ^ listed)
-            raise UserError(f"{folder / INDEX} and {name} disagree about {len(differing)} tensors: {differing[:3]}")
+            raise UserError(
+                f"{folder / INDEX} and {name} disagree about {len(differing)} tensors: {quoted(differing[:3])}"
+            )
     return tensors

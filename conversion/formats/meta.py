@@ -7,7 +7,7 @@ the Hub have shards as folders of parts, or as safetensors; some people rename a
 import re
 from pathlib import Path
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 
 from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, same_tensors
 from ..config.params import infer_version, params_to_config, read_params
@@ -89,7 +89,9 @@ def read_shards(folder: Path) -> dict[str, list[StoredTensor]]:
     shards = [read_shard(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         if differing := sorted(shard.keys() ^ shards[0].keys()):
-            raise UserError(f"{path.name} and {paths[0].name} must hold the same tensors, differ in {differing[:3]}")
+            raise UserError(
+                f"{path.name} and {paths[0].name} must hold the same tensors, differ in {quoted(differing[:3])}"
+            )
     return {name: [shard[name] for shard in shards] for name in shards[0]}
 
 
@@ -128,7 +130,7 @@ def read_shard(path: Path) -> dict[str, StoredTensor]:
     for part in parts:
         found = read_shard(part)
         if twice := sorted(found.keys() & tensors.keys()):
-            raise UserError(f"{part} holds {twice[0]!r}, which another part holds as well")
+            raise UserError(f"{part} holds {quoted(twice[0])}, which another part holds as well")
         tensors |= found
     return tensors
 

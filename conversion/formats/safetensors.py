@@ -7,13 +7,15 @@ import json
 import math
 from pathlib import Path
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted, shown
 from hf_llama3.files.json import refuse_constant, refuse_duplicates
 from hf_llama3.files.reading import require_file, what_became_of
 
 from .storage import BY_SAFETENSORS, Dtype, SourceFile, StoredTensor
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_HEADER_BYTES = 8 * 2**20  # seventy thousand tensors; what json makes of a hostile header takes 25 times as much
+MAX_DIMENSIONS = 32  # numpy's
+KINDS = sorted(BY_SAFETENSORS)
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -51,7 +53,9 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     reached = 0
     for start, end, name in sorted(spans):
         if start != reached:
-            raise UserError(f"{name} in {path} must begin at byte {reached}, where the one before it ends, got {start}")
+            raise UserError(
+                f"{shown(name)} in {path} must begin at byte {reached}, where the one before it ends, got {start}"
+            )
         reached = end
     if 8 + length + reached != size:
         raise UserError(f"{path} must be {8 + length + reached} bytes by its header, got {size}; download it again")
@@ -59,17 +63,17 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_entry(name: str, entry, path: Path):
-    fields = entry if isinstance(entry, dict) else {}
+    label, fields = shown(name), entry if isinstance(entry, dict) else {}
     dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BY_SAFETENSORS:
-        raise UserError(f"{name} in {path} has the type {dtype!r}; only {sorted(BY_SAFETENSORS)} can be converted")
+        raise UserError(f"{label} in {path} has the type {quoted(dtype)}; only {KINDS} can be converted")
     numbers = [*shape, *span] if isinstance(shape, list) and isinstance(span, list) and len(span) == 2 else [None]
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise UserError(f"the entry of {name} in {path} is damaged: {json.dumps(entry)[:200]}")
+    if len(numbers) > MAX_DIMENSIONS + 2 or not all(type(one) is int and 0 <= one < 2**63 for one in numbers):
+        raise UserError(f"the entry of {label} in {path} is damaged: {quoted(entry)}")
     dtype = BY_SAFETENSORS[dtype]
     if math.prod(shape) * dtype.itemsize != span[1] - span[0]:
         needed = math.prod(shape) * dtype.itemsize
-        raise UserError(f"{name} {shape} in {path} must have {needed} bytes, got {span[1] - span[0]}")
+        raise UserError(f"{label} {quoted(shape)} in {path} must have {needed} bytes, got {span[1] - span[0]}")
     return dtype, tuple(shape), span
 
 

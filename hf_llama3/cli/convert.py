@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, one_line
 
 from .app import command
 from .options import (
@@ -55,7 +55,7 @@ def inspect(
 
         note = plot_parts(path, rope_factor, plot)
     if note:
-        print(f"Note: {note}", file=sys.stderr)
+        print(f"Note: {one_line(note)}", file=sys.stderr)
     if as_json:
         print_json(info | ({"placement": placement.to_dict()} if placement else {}))
         return

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hf_llama3.distributed import PARALLEL
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, for_terminal
 from hf_llama3.text import BATCH_SIZE, MAX_NEW_TOKENS
 
 from .app import command
@@ -92,7 +92,7 @@ def generate(
                 print_json(records)
             return
         for completion in completions:
-            print(completion.prompt + completion.text, flush=True)
+            print(for_terminal(completion.prompt + completion.text), flush=True)
 
 
 @command("hf-llama3 pack llama-3-8b llama-3-8b-int4 --quantize int4", GROUP)

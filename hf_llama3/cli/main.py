@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from hf_llama3 import __version__
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, one_line
 
 from . import begin, convert, generate, measure, publish, train  # noqa: F401  (each registers its commands)
 from .app import app, is_first_process
@@ -46,7 +46,7 @@ def fail(message: str) -> int:
         time.sleep(SECONDS_TO_SPEAK)
         return 2
     process = "" if is_first_process() else f" (process {os.environ['RANK']})"
-    print(f"error{process}: {message}", file=sys.stderr)
+    print(f"error{process}: {one_line(message)}", file=sys.stderr)
     return 2
 
 

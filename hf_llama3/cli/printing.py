@@ -1,18 +1,31 @@
 """What commands print: JSON for programs; tables, lists and the next command for people."""
 
 import json
+import re
 import shlex
+
+from hf_llama3.errors import MOST_OF_A_SENTENCE, one_line, shown
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def print_json(value):
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print(re.sub(r"[^\n -~]", lambda one: one[0] if one[0].isprintable() else json_escape(one[0]), text))
+
+
+def json_escape(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
 
 
 def print_table(rows: dict):
     """Print names and values in two columns; what is absent or empty has no row."""
-    rows = {label(name): present(name, value) for name, value in rows.items() if value is not None and value != []}
+    rows = {
+        shown(label(name)): shown(present(name, value), MOST_OF_A_SENTENCE)
+        for name, value in rows.items()
+        if value is not None and value != []
+    }
     width = max(map(len, rows), default=0)
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
@@ -64,11 +77,12 @@ def duration(seconds: float) -> str:
 
 def print_list(title: str, sentences: list[str], at_most: int = 10):
     for sentence in sentences[:at_most]:
-        print(f"{title}: {sentence}")
+        print(f"{title}: {one_line(sentence)}")
     if len(sentences) > at_most:
         print(f"{title}: ... and {len(sentences) - at_most} more")
 
 
 def print_next(*words):
     """Print the command that a user is likely to type next."""
-    print(f"\nNext: hf-llama3 {shlex.join(map(str, words))}")
+    command = shlex.join(map(str, words))
+    print(f"\nNext: hf-llama3 {shown(command, MOST_OF_A_SENTENCE)}")

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from hf_llama3.errors import for_terminal, shown
+
 from .app import command
 from .options import JsonFlag, LicenseOption
 from .printing import print_json, print_list, print_table, size
@@ -24,11 +26,11 @@ def card(
 
     content = build_card(folder, license, card=output, progress=True)
     if only_print:
-        print(content, end="")
+        print(for_terminal(content), end="")
         return
     output = output or folder / "README.md"
     write_card(output, content)
-    print(f"Wrote {output}")
+    print(f"Wrote {shown(output)}")
 
 
 @command("hf-llama3 push runs/shakespeare my-name/tiny-shakespeare --license apache-2.0 --dry-run", GROUP)

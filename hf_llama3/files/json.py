@@ -4,7 +4,7 @@ import collections
 import json
 from pathlib import Path
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 
 from .reading import require_file, what_became_of
 
@@ -40,7 +40,7 @@ def refuse_constant(name):
 def refuse_duplicates(pairs):
     if len(unique := dict(pairs)) < len(pairs):
         counts = collections.Counter(name for name, _ in pairs)
-        raise ValueError(f"the key {counts.most_common(1)[0][0]!r} stands more than once")
+        raise ValueError(f"the key {quoted(counts.most_common(1)[0][0])} stands more than once")
     return unique
 
 

@@ -3,7 +3,7 @@
 import torch
 from transformers import TextStreamer, set_seed
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, for_terminal
 
 from . import MAX_NEW_TOKENS
 from .completion import check_lengths, check_sampling, generation_options
@@ -76,4 +76,4 @@ class Answer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
         self.text += text
-        super().on_finalized_text(text, stream_end)
+        super().on_finalized_text(for_terminal(text), stream_end)

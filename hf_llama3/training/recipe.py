@@ -24,7 +24,7 @@ from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.conversion.config.params import feed_forward_size
 from hf_llama3.conversion.provenance import name_of
 from hf_llama3.cpu import processor
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, one_line
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 
 from .data import ConsecutiveWindows, ShuffledWindows, survey
@@ -97,7 +97,7 @@ def train(
         raise UserError(f"{needed}, got {transformers.__version__}; upgrade it, or go on in one")
     is_first, progress = arguments.process_index == 0, progress and arguments.process_index == 0
     if progress and (note := slow_bfloat16(arguments)):
-        print(f"Note: {note}", file=sys.stderr, flush=True)
+        print(f"Note: {one_line(note)}", file=sys.stderr, flush=True)
     source = source_tokenizer = None
     if settings.source is not None:
         source, source_tokenizer = open_source(settings.source, settings.context)

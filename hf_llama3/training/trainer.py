@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, for_terminal
 from hf_llama3.files.atomic import write_files
 
 from .data import IGNORED
@@ -96,7 +96,7 @@ class ProgressBar(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if self.show and "eval_loss" in metrics:
-            sample = self.sample().replace("\n", "\n    ")
+            sample = for_terminal(self.sample()).replace("\n", "\n    ")
             line = f"step {state.global_step}: validation loss {metrics['eval_loss']:.4f}\n    {sample}"
             self.bar.write(line, file=sys.stderr)
 
