@@ -31,6 +31,11 @@ class Checkpoint:
     generation_config: dict | None
     inferred: list[str]  # sentences: what, and why
     copies: list[tuple[StoredTensor, StoredTensor]] = field(default_factory=list, repr=False)  # one taken, one left out
+    order: str = ""  # of the query and key rows, "hf" or "meta": its format's, if omitted
+    loads_as_is: bool = True  # whether transformers' `from_pretrained` takes the folder as it stands
+
+    def __post_init__(self):
+        self.order = self.order or self.format
 
     @property
     def files(self) -> list[Path]:

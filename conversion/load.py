@@ -1,4 +1,4 @@
-"""A directory of Meta's straight into the model, without a conversion on disk."""
+"""A checkpoint that transformers does not read straight into the model, without a conversion on disk."""
 
 import tempfile
 from pathlib import Path
@@ -66,13 +66,17 @@ def load_meta(path, *, rope_factor: float | None = None, **kwargs) -> Llama3ForC
     """
     if "config" in kwargs or "state_dict" in kwargs:
         raise UserError("load_meta reads configuration and weights from the directory; leave out config and state_dict")
-    checkpoint = open_meta_only(path, rope_factor)
+    return load_checkpoint(open_meta_only(path, rope_factor), **kwargs)
+
+
+def load_checkpoint(checkpoint: Checkpoint, **kwargs) -> Llama3ForCausalLM:
+    """Load an opened checkpoint; `kwargs` as for `load_meta`."""
     checkpoint.check_copies()
     state_dict = {row.hf: LazyTensor(checkpoint, row) for row in checkpoint.own_rows}
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", "auto")
     dtype = getattr(torch, checkpoint.dtype) if dtype == "auto" else dtype
     config, kwargs = Llama3Config.from_dict(checkpoint.config, return_unused_kwargs=True, dtype=dtype, **kwargs)
-    kwargs.pop("trust_remote_code", None)  # a directory of Meta's holds no code
+    kwargs.pop("trust_remote_code", None)  # no folder's code is run
     model = Llama3ForCausalLM.from_pretrained(
         None, config=config, state_dict=state_dict, trust_remote_code=False, **kwargs
     )

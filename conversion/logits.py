@@ -35,7 +35,7 @@ def compute_logits(checkpoint: Checkpoint, progress: Callable[[int], None]) -> t
     positions = torch.linspace(0, config["max_position_embeddings"] - 1, NUM_TOKENS).long()[None]
     rotary = Llama3RotaryEmbedding(Llama3Config.from_dict(config))
     cos, sin = rotary(torch.zeros(()), positions)  # (1, T, D/2)
-    turn = rotate_neighbours if checkpoint.format == "meta" else rotate
+    turn = rotate_neighbours if checkpoint.order == "meta" else rotate
 
     def linear(x, row):
         return multiply(x, checkpoint, row, progress)

@@ -146,11 +146,11 @@ def plan_meta(source: Checkpoint, mp: int, cast: Cast | None) -> Plan:
 def assemble(
     source: Checkpoint, row: Row, to: str, cast: Cast | None = None, start: int = 0, stop: int | None = None
 ) -> Assembly:
-    """Describe a tensor in the format `to`, or the part of it from `start` to `stop` of its divided dimension."""
+    """Describe a tensor in the order `to`, "hf" or "meta", or its part from `start` to `stop` along its division."""
     shape = list(row.full_shape(sizes(source.config)))
     stop = shape[row.split or 0] if stop is None else stop
     parts = source.cut(row, start, stop)
-    if row.rotary and source.format != to:
+    if row.rotary and source.order != to:
         reorder = interleaved_to_half if to == "hf" else half_to_interleaved
         parts = [Part(part.file, reorder(part.array, source.config["head_dim"])) for part in parts]
     shape[row.split or 0] = stop - start

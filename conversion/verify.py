@@ -106,7 +106,7 @@ def compare_weights(source: Checkpoint, target: Checkpoint, progress: bool, cast
     with byte_bar("verifying", total, progress) as bar:
         for ours, theirs in zip(source.rows, target.rows, strict=True):
             pair = [
-                assemble(checkpoint, row, target.format, made_by)
+                assemble(checkpoint, row, target.order, made_by)
                 for checkpoint, row, made_by in ((source, ours, cast), (target, theirs, None))
             ]
             if pair[0].dtype != pair[1].dtype:

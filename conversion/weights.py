@@ -17,42 +17,66 @@ class Row(NamedTuple):
     shape: tuple[str, ...]  # names of sizes, see `sizes`
     split: int | None  # the dimension that Meta's shards divide
     rotary: bool = False  # whether its rows are ordered by head in the two formats' two ways
+    bias: str | None = None  # the key of a configuration that adds a bias, which Meta's format has no place for
 
     def full_shape(self, size: dict[str, int]) -> tuple[int, ...]:
         return tuple(size[name] for name in self.shape)
 
 
+QUERY, KEY, OUT = ("query", "hidden"), ("key_value", "hidden"), ("hidden", "query")
+FFN, DOWN = ("ffn", "hidden"), ("hidden", "ffn")
 LAYER_TABLE = (
     Row("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight", ("hidden",), None),
-    Row("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight", ("query", "hidden"), 0, True),
-    Row("layers.{}.attention.wk.weight", "model.layers.{}.self_attn.k_proj.weight", ("key_value", "hidden"), 0, True),
-    Row("layers.{}.attention.wv.weight", "model.layers.{}.self_attn.v_proj.weight", ("key_value", "hidden"), 0),
-    Row("layers.{}.attention.wo.weight", "model.layers.{}.self_attn.o_proj.weight", ("hidden", "query"), 1),
+    Row("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight", QUERY, 0, True, "attention_bias"),
+    Row("layers.{}.attention.wk.weight", "model.layers.{}.self_attn.k_proj.weight", KEY, 0, True, "attention_bias"),
+    Row("layers.{}.attention.wv.weight", "model.layers.{}.self_attn.v_proj.weight", KEY, 0, bias="attention_bias"),
+    Row("layers.{}.attention.wo.weight", "model.layers.{}.self_attn.o_proj.weight", OUT, 1, bias="attention_bias"),
     Row("layers.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight", ("hidden",), None),
-    Row("layers.{}.feed_forward.w1.weight", "model.layers.{}.mlp.gate_proj.weight", ("ffn", "hidden"), 0),
-    Row("layers.{}.feed_forward.w3.weight", "model.layers.{}.mlp.up_proj.weight", ("ffn", "hidden"), 0),
-    Row("layers.{}.feed_forward.w2.weight", "model.layers.{}.mlp.down_proj.weight", ("hidden", "ffn"), 1),
+    Row("layers.{}.feed_forward.w1.weight", "model.layers.{}.mlp.gate_proj.weight", FFN, 0, bias="mlp_bias"),
+    Row("layers.{}.feed_forward.w3.weight", "model.layers.{}.mlp.up_proj.weight", FFN, 0, bias="mlp_bias"),
+    Row("layers.{}.feed_forward.w2.weight", "model.layers.{}.mlp.down_proj.weight", DOWN, 1, bias="mlp_bias"),
 )
 EMBEDDING = Row("tok_embeddings.weight", "model.embed_tokens.weight", ("vocab", "hidden"), 0)
 NORM = Row("norm.weight", "model.norm.weight", ("hidden",), None)
 OUTPUT = Row("output.weight", "lm_head.weight", ("vocab", "hidden"), 0)
+BIAS_KEYS = ("attention_bias", "mlp_bias")
 
-# What some files carry beside the weights; it is computed from the configuration and not read.
-DERIVED = ("rope.freqs", "model.layers.{}.self_attn.rotary_emb.inv_freq")
+SCORE = Row("score.weight", "score.weight", ("labels", "hidden"), None)
+ANSWER = Row("qa_outputs.weight", "qa_outputs.weight", ("spans", "hidden"), None)
+# What ends a model, by the end of its class's name; only the first has a place in Meta's format.
+LANGUAGE_MODEL = "ForCausalLM"
+HEADS = {
+    LANGUAGE_MODEL: (OUTPUT,),
+    "ForSequenceClassification": (SCORE,),
+    "ForTokenClassification": (SCORE, Row("score.bias", "score.bias", ("labels",), None)),
+    "ForQuestionAnswering": (ANSWER, Row("qa_outputs.bias", "qa_outputs.bias", ("spans",), None)),
+    "Model": (),
+}
+HEAD_MODULES = {row.hf.split(".")[0] for head in HEADS.values() for row in head}
+DEFAULT_LABELS = 2  # transformers' `PreTrainedConfig`, where a configuration does not name them
 
 
-def rows(num_layers: int, embedding_split: int = 0) -> list[Row]:
+def rows(num_layers: int, embedding_split: int = 0, biases=(), head: str = LANGUAGE_MODEL) -> list[Row]:
     """Expand the table over the layers, in the order in which the model uses its tensors.
 
     Args:
         embedding_split: 1 for Llama 2 and Code Llama, whose shards divide the embedding's channels.
+        biases: those of `BIAS_KEYS` that hold.
+        head: one of `HEADS`.
     """
+    one_layer = [row for weight in LAYER_TABLE for row in (weight, bias_of(weight))[: 1 + (weight.bias in biases)]]
     layers = [
         row._replace(meta=row.meta.format(index), hf=row.hf.format(index))
         for index in range(num_layers)
-        for row in LAYER_TABLE
+        for row in one_layer
     ]
-    return [EMBEDDING._replace(split=embedding_split), *layers, NORM, OUTPUT]
+    return [EMBEDDING._replace(split=embedding_split), *layers, NORM, *HEADS[head]]
+
+
+def bias_of(row: Row) -> Row:
+    """Return the bias beside a weight."""
+    names = {key: getattr(row, key).removesuffix("weight") + "bias" for key in ("meta", "hf")}
+    return row._replace(**names, shape=row.shape[:1], split=0 if row.split == 0 else None)
 
 
 def sizes(config: dict) -> dict[str, int]:
@@ -63,24 +87,21 @@ def sizes(config: dict) -> dict[str, int]:
         "ffn": config["intermediate_size"],
         "query": config["num_attention_heads"] * config["head_dim"],
         "key_value": config["num_key_value_heads"] * config["head_dim"],
+        "labels": len(config.get("id2label") or range(DEFAULT_LABELS)),
+        "spans": 2,  # where an answer begins, and where it ends
     }
 
 
 def interleaved_to_half(weight, head_dim: int):
-    """Reorder the rows of a query or key projection from Meta's pairs to Hugging Face's.
+    """Reorder the rows of a query or key projection, or its bias, from Meta's pairs to Hugging Face's.
 
-    Takes and gives numpy arrays and torch tensors, (H * D, E) or (H, 2, D/2, E) to (H, 2, D/2, E), the same elements
-    in that order; the head count is inferred, so a shard or grouped keys need nothing special. Nothing is copied.
+    Takes and gives numpy arrays and torch tensors, (H * D, E) or (H, 2, D/2, E) to (H, 2, D/2, E), (H * D) to
+    (H, 2, D/2), the same elements in that order; the head count is inferred, so a shard or grouped keys need nothing
+    special. Nothing is copied.
     """
-    return weight.reshape(-1, head_dim // 2, 2, weight.shape[-1]).swapaxes(1, 2)
+    return weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:][-1:]).swapaxes(1, 2)
 
 
 def half_to_interleaved(weight, head_dim: int):
     """Undo `interleaved_to_half`: (H * D, E) to (H, D/2, 2, E)."""
-    return weight.reshape(-1, 2, head_dim // 2, weight.shape[-1]).swapaxes(1, 2)
-
-
-def without_derived(tensors: dict, num_layers: int) -> dict:
-    """Leave out what is computed from the configuration."""
-    derived = {name.format(index) for name in DERIVED for index in range(num_layers)}
-    return {name: tensor for name, tensor in tensors.items() if name not in derived}
+    return weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:][-1:]).swapaxes(1, 2)

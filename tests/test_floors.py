@@ -19,7 +19,7 @@ FLOORS = [
     ["remote_code", "files"],
     ["conversion.weights", "conversion.formats.storage", "conversion.config"],
     ["conversion.checkpoint", "conversion.formats.cast"],
-    ["conversion.tokenizer", "conversion.formats.pth", "conversion.formats.safetensors"],
+    ["conversion.tokenizer", "conversion.formats.pth", "conversion.formats.safetensors", "conversion.formats.names"],
     ["conversion.formats.hf", "conversion.formats.meta"],
     ["conversion.hub"],
     ["conversion.opening"],

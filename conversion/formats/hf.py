@@ -9,7 +9,8 @@ from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, sa
 from ..config.hf import read_config
 from ..config.params import infer_version
 from ..tokenizer.bpe import find_hf_tokenizer, read_chat_template, special_tokens
-from ..weights import EMBEDDING, OUTPUT, rows, without_derived
+from ..weights import BIAS_KEYS, EMBEDDING, OUTPUT, rows
+from .names import is_rope_table, settle
 from .safetensors import read_safetensors
 from .storage import StoredTensor
 
@@ -20,9 +21,10 @@ SINGLE = "model.safetensors"
 def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> Checkpoint:
     """Open a Hugging Face folder; None means to infer."""
     config, inferred = read_config(folder / "config.json"), []
-    tensors = find_weights(folder)
+    found = find_weights(folder)
+    tensors, order, said = settle(found, folder)
+    inferred += said
     check_layers(config["num_hidden_layers"], len(tensors), folder)
-    tensors = without_derived(tensors, config["num_hidden_layers"])
     tokenizer, kind, family = find_hf_tokenizer(folder)
     version, why = infer_version(config, family, llama_version, folder)
     inferred.append(f"Llama {version}: {why}")
@@ -33,15 +35,20 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
     if tokenizer is None:
         inferred.append("no tokenizer: the folder has no tokenizer.json")
 
-    tied = config["tie_word_embeddings"]
-    if tied and EMBEDDING.hf in tensors:
+    biases = [key for key in BIAS_KEYS if config[key]]
+    table = rows(config["num_hidden_layers"], 1 if version == "2" else 0, biases)
+    if order == "meta":
+        inferred.append("names of tensors and order of their rows: Meta's")
+        to_hf = {row.meta: row.hf for row in table}
+        tensors = {to_hf.get(name, name): tensor for name, tensor in tensors.items()}
+    if config["tie_word_embeddings"] and EMBEDDING.hf in tensors:
         tensors.setdefault(OUTPUT.hf, tensors[EMBEDDING.hf])
-    table = rows(config["num_hidden_layers"], embedding_split=1 if version == "2" else 0)
     check_names(tensors.keys(), {row.hf for row in table}, folder)
     shards = {name: [tensor] for name, tensor in tensors.items()}
     check_shapes(table, shards, config, folder, "config.json")
-    if tied and not same_tensors(shards[OUTPUT.hf], shards[EMBEDDING.hf]):
-        raise UserError(f"{folder}: config.json ties {OUTPUT.hf} to {EMBEDDING.hf}, but the file holds two that differ")
+    if config["tie_word_embeddings"] and not same_tensors(shards[OUTPUT.hf], shards[EMBEDDING.hf]):
+        config["tie_word_embeddings"] = False
+        inferred.append("embeddings untied: config.json ties them, but there is a head that differs, which is kept")
     generation = folder / "generation_config.json"
     return Checkpoint(
         *(folder, "hf", config, table, shards, tokenizer, kind, version, instruct),
@@ -49,6 +56,8 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
         chat_template=chat_template,
         generation_config=read_json(generation) if generation.exists() else None,
         inferred=inferred,
+        order=order,
+        loads_as_is=tensors.keys() - found.keys() <= {OUTPUT.hf},
     )
 
 
@@ -88,9 +97,17 @@ def read_sharded(folder: Path) -> dict[str, StoredTensor]:
         if twice := sorted(found.keys() & tensors.keys()):
             raise UserError(f"{folder / name} holds {quoted(twice[0])}, which another file holds as well")
         tensors |= found
-        if found.keys() != (listed := {key for key, file in weight_map.items() if file == name}):
-            differing = sorted(found.keys() ^ listed)
+        listed = {key for key, file in weight_map.items() if file == name}
+        if differing := sorted(key for key in found.keys() ^ listed if not may_be_absent(key)):
             raise UserError(
                 f"{folder / INDEX} and {name} disagree about {len(differing)} tensors: {quoted(differing[:3])}"
             )
     return tensors
+
+
+def may_be_absent(name: str) -> bool:
+    """Tell whether an index may list a tensor that its file lacks: a tied head, which stands once, or what is not read.
+
+    Where the head is not tied, the comparison with the table misses it.
+    """
+    return name.endswith(OUTPUT.hf) or is_rope_table(name)

@@ -13,7 +13,8 @@ from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, sa
 from ..config.params import infer_version, params_to_config, read_params
 from ..config.sidecar import SIDECAR, read_sidecar
 from ..tokenizer.bpe import read_ranks, special_tokens, token_ids, token_ids_without_tokenizer, tokenizer_kind
-from ..weights import EMBEDDING, OUTPUT, Row, rows, without_derived
+from ..weights import EMBEDDING, OUTPUT, Row, rows
+from .names import settle
 from .pth import read_pth
 from .safetensors import read_safetensors
 from .storage import StoredTensor
@@ -30,9 +31,15 @@ def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None
     params, sidecar = read_params(params_path), read_sidecar(folder)
     if sidecar and instruct not in (None, sidecar["instruct"]):
         sidecar = forget_dialogue(sidecar)
-    named = read_shards(folder)
+    named, order, said = settle(read_shards(folder), folder)
+    check_layers(params["n_layers"], len(named), folder)
+    if order == "hf":
+        to_meta = {row.hf: row.meta for row in rows(params["n_layers"])}
+        named = {to_meta.get(name, name): tensors for name, tensors in named.items()}
+        said.append("names of tensors and order of their rows: Hugging Face's")
     vocab_size = count_tokens(named.get(EMBEDDING.meta), params["dim"], folder)
     config, inferred = params_to_config(params, params_path, vocab_size, rope_factor, sidecar.get("rope_factor"))
+    inferred = said + inferred
     if not sidecar:
         context = config["max_position_embeddings"]
         inferred.append(f"context of {context} tokens: that of the released models with this RoPE")
@@ -43,8 +50,6 @@ def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None
     version, why = infer_version(config, family, llama_version, folder)
     inferred.append(f"Llama {version}: {why}")
 
-    check_layers(config["num_hidden_layers"], len(named), folder)
-    named = without_derived(named, config["num_hidden_layers"])
     named.setdefault(OUTPUT.meta, named[EMBEDDING.meta])
     table = rows(config["num_hidden_layers"], embedding_split(named[EMBEDDING.meta], params["dim"], version))
     check_names(named.keys(), {row.meta for row in table}, folder)
@@ -76,6 +81,8 @@ def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None
         generation_config=sidecar.get("generation_config"),
         inferred=inferred,
         copies=copies,
+        order=order,
+        loads_as_is=False,
     )
 
 

@@ -114,7 +114,7 @@ def config_and_dtype(checkpoint: Checkpoint) -> tuple[PretrainedConfig, torch.dt
         UserError: the library does not take the configuration.
     """
     stored = getattr(torch, checkpoint.dtype)
-    if checkpoint.format == "meta":
+    if not checkpoint.loads_as_is:
         return Llama3Config.from_dict(checkpoint.config), stored
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from hf_llama3.conversion.config.hf import is_packed
-from hf_llama3.conversion.load import load_meta, load_meta_tokenizer
+from hf_llama3.conversion.load import load_checkpoint, load_meta_tokenizer
 from hf_llama3.conversion.opening import open_checkpoint, refuse_rope_factor
 from hf_llama3.cpu import QUANTIZATIONS
 from hf_llama3.cpu.optimization import optimize
@@ -78,20 +78,21 @@ def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max
     checkpoint = open_checkpoint(name, rope_factor)  # reads no tensor, and its errors are sentences
     if checkpoint.tokenizer is None:
         raise UserError(f"{checkpoint.path} holds no tokenizer, without which there is no text; add its files")
-    name, is_meta = str(checkpoint.path), checkpoint.format == "meta"
+    name, as_is = str(checkpoint.path), checkpoint.loads_as_is
     config, stored = config_and_dtype(checkpoint)
     group.check(config)
     where = group.loading_options()
     if device_map is not None:
         kind = stored if dtype == "auto" else getattr(torch, dtype)
         placement = place(config, kind, device_map, max_memory, offload_folder)
-        check_here(placement, offload_folder if is_meta else None)  # safetensors are read where they are
+        check_here(placement, None if as_is else offload_folder)  # safetensors are read where they are
         where = {"device_map": placement.device_map, "offload_folder": offload_folder}
-    if is_meta:
-        with loading(name):
-            model = load_meta(name, rope_factor=rope_factor, dtype=dtype, **where)
-        return model.eval(), load_meta_tokenizer(name, rope_factor=rope_factor)
-    return read_folder(name, dtype, where)
+    if as_is:
+        return read_folder(name, dtype, where)
+    is_meta = checkpoint.format == "meta"
+    tokenizer = load_meta_tokenizer(name, rope_factor=rope_factor) if is_meta else read_tokenizer(name)
+    with loading(name):
+        return load_checkpoint(checkpoint, dtype=dtype, **where).eval(), tokenizer
 
 
 def is_packed_folder(name: str) -> bool:
@@ -102,13 +103,17 @@ def is_packed_folder(name: str) -> bool:
 
 def read_folder(name: str, dtype: str, where: dict):
     """Load a Hugging Face folder."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise UserError(f"the tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    tokenizer = read_tokenizer(name)
     with loading(name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **where)
     return model.eval(), tokenizer
+
+
+def read_tokenizer(name: str):
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise UserError(f"the tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 @contextlib.contextmanager

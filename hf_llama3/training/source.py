@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from hf_llama3.conversion.checkpoint import Checkpoint
-from hf_llama3.conversion.load import load_meta
+from hf_llama3.conversion.load import load_checkpoint
 from hf_llama3.conversion.opening import open_checkpoint
 from hf_llama3.conversion.tokenizer.files import hf_tokenizer
 from hf_llama3.errors import UserError
@@ -34,8 +34,8 @@ def open_source(path: str, context: int) -> tuple[Checkpoint, TextTokenizer]:
 def load_source(checkpoint: Checkpoint, dropout: float) -> Llama3ForCausalLM:
     """Load the model in float32, since small updates are lost in narrower types."""
     rates = {"attention_dropout": dropout, "residual_dropout": dropout}
-    if checkpoint.format == "meta":
-        model = load_meta(checkpoint.path, dtype=torch.float32, **rates)
+    if not checkpoint.loads_as_is:
+        model = load_checkpoint(checkpoint, dtype=torch.float32, **rates)
         model.name_or_path = model.config.name_or_path = str(checkpoint.path)  # the base that adapters name
         return model
     return Llama3ForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, trust_remote_code=False, **rates)
