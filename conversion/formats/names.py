@@ -53,7 +53,8 @@ def settle(tensors: dict[str, Tensor], path) -> Settled:
     settled = {}
     for name, new in renamed.items():
         if new in settled:
-            raise UserError(f"{path} holds {quoted(new)} twice, once as {quoted(name)}; remove the copy that is not meant")
+            twice = f"{path} holds {quoted(new)} twice, once as {quoted(name)}"
+            raise UserError(f"{twice}; remove the copy that is not meant")
         settled[new] = kept[name]
     return Settled(settled, order, said)
 
