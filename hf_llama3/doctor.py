@@ -1,4 +1,4 @@
-"""What is here to work with: versions, devices, room, the Hub; and what to type where something is missing."""
+"""What is installed and what this machine has, with the command to type where something is missing."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ EXTRAS = {
 
 @dataclass
 class Report:
-    """Say what was found; sizes in bytes."""
+    """Describe the installation and the machine; sizes in bytes."""
 
     versions: dict[str, str | None]  # of Python, this package and those it requires
     required: dict[str, str]  # package -> what its version must be
@@ -67,7 +67,7 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at this machine and at what is installed on it; nothing is downloaded or changed."""
+    """Examine the installation and the machine; nothing is downloaded or changed."""
     requirements = [Requirement(line) for line in metadata.requires(PACKAGE)]
     required = [one for one in requirements if applies(one)]
     problems = [sentence for one in required if (sentence := problem_of(one))]
@@ -99,7 +99,7 @@ def examine() -> Report:
 
 
 def applies(requirement: Requirement, extra: str = "") -> bool:
-    """Tell whether a requirement is one of this machine, with an extra or without any."""
+    """Tell whether a requirement applies to this machine, with an extra or without one."""
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
@@ -111,7 +111,7 @@ def version_of(name: str) -> str | None:
 
 
 def problem_of(requirement: Requirement) -> str | None:
-    """Say in a sentence why a requirement is not met, if it is not."""
+    """Return why a requirement is not met, in one sentence, or None."""
     version, wanted = version_of(requirement.name), f"{requirement.name}{requirement.specifier}"
     if version is None:
         return f'{requirement.name} is missing; pip install "{wanted}"'
@@ -137,7 +137,7 @@ def examine_devices(torch) -> list[dict]:
 
 
 def examine_cpu(torch) -> dict:
-    """Say what the processor is; what torch may use of it only where torch is there."""
+    """Describe the processor; its instructions and threads only if torch is installed."""
     found = {"name": processor.name_here(), "cores": processor.cores(), "threads": None, "instructions": []}
     if torch is None:
         return found
@@ -161,7 +161,7 @@ def examine_disk(path: Path) -> dict:
 
 
 def examine_hub() -> tuple[dict, Path | None]:
-    """Say how the Hub is reached, without reaching for it; returns its cache as well."""
+    """Describe the settings of the Hub without connecting to it; also return its cache folder."""
     try:
         from huggingface_hub import constants
     except ImportError:
@@ -174,7 +174,7 @@ def examine_hub() -> tuple[dict, Path | None]:
 
 
 def free_of(room: dict) -> str:
-    """Return "1.0 of 2.0 GB free" with what is known of it."""
+    """Return, for example, "1.0 of 2.0 GB free", with the numbers that are known."""
     free, total = (None if room[key] is None else f"{room[key] / 1e9:,.1f}" for key in ("free", "total"))
     if free is None:
         return f"{total} GB" if total else "unknown"

@@ -21,7 +21,7 @@ from .front_matter import REPOSITORY, check_card, read_front_matter, split_card,
 from .licenses import META, check_license, license_of_meta
 
 CARD = "README.md"
-YOURS = ("<!-- Yours: what stands from here -->", "<!-- to here is kept when the card is made again. -->")
+MARKS = ("<!-- Yours: what stands from here -->", "<!-- to here is kept when the card is made again. -->")
 HASHED = ("config.json", "tokenizer.json", *CODE_FILES)  # what the card tells the hash of, beside the weights
 
 
@@ -66,7 +66,7 @@ def build_card(
     made = write_front_matter(front_matter) + environment.from_string(template).render(
         name=repo_id or folder.resolve().name,
         terms=[META[one] for one in as_list(license) if one in META],
-        yours="\n".join((YOURS[0], yours_in(existing, place) or "", YOURS[1])),
+        yours="\n".join((MARKS[0], written_by_user(existing, place) or "", MARKS[1])),
         info=info,
         version=version.removesuffix(".0"),
         non_embedding=info.num_parameters - embeddings_of(info),
@@ -97,23 +97,23 @@ def read_card(path: Path) -> str:
         raise UserError(f"{path} cannot be read as UTF-8 text; mend or remove it") from error
 
 
-def yours_in(content: str, path: Path) -> str | None:
+def written_by_user(content: str, path: Path) -> str | None:
     """Return what a person wrote between the marks of a card; None where it has none.
 
     Raises:
         UserError: only one of the marks is there, or one stands twice.
     """
-    counts = [content.count(mark) for mark in YOURS]
+    counts = [content.count(mark) for mark in MARKS]
     if counts == [0, 0]:
         return None
-    if counts != [1, 1] or content.index(YOURS[0]) > content.index(YOURS[1]):
-        raise UserError(f"{path} must hold the lines {YOURS[0]} and {YOURS[1]} once each, in this order; mend them")
-    return content.split(YOURS[0])[1].split(YOURS[1])[0].strip("\n")
+    if counts != [1, 1] or content.index(MARKS[0]) > content.index(MARKS[1]):
+        raise UserError(f"{path} must hold the lines {MARKS[0]} and {MARKS[1]} once each, in this order; mend them")
+    return content.split(MARKS[0])[1].split(MARKS[1])[0].strip("\n")
 
 
 def is_made_here(content: str) -> bool:
     """Tell whether a card can be made again without losing what a person wrote: it has the marks, or no text."""
-    return YOURS[0] in content or not split_card(content)[1].strip()
+    return MARKS[0] in content or not split_card(content)[1].strip()
 
 
 def as_list(value) -> list:
@@ -205,7 +205,7 @@ def write_card(path: Path, content: str):
     if not is_made_here(read_card(path)):
         raise UserError(
             f"{path} was not made by this command, and making it again would lose it; move it away, or put your text "
-            f"between the lines {YOURS[0]} and {YOURS[1]}"
+            f"between the lines {MARKS[0]} and {MARKS[1]}"
         )
     with system_errors(path, "choose another file"):
         write_file(path, content.encode())

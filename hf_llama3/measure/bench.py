@@ -1,4 +1,4 @@
-"""How fast a model generates, beside how fast this machine reads memory."""
+"""The speed of generation, compared with the speed at which this machine reads memory."""
 
 import itertools
 import statistics
@@ -19,7 +19,7 @@ ROUNDS = 3
 
 @dataclass
 class Bench:
-    """Say how fast a model generates; times are medians."""
+    """Describe how fast a model generates; times are medians."""
 
     prompt_tokens: int
     new_tokens: int
@@ -76,20 +76,25 @@ def bench(model, prompt_tokens: int = 64, new_tokens: int = 32, batch_size: int 
 def time_generation(
     model, prompt_tokens: int, new_tokens: int, batch_size: int = 1, **options
 ) -> tuple[float, list[float]]:
-    """Return the seconds until the first new token and those between each and the next."""
+    """Return the seconds until the first new token, and the seconds from each token to the next."""
     clock = Clock()
     prompt = torch.randint(model.config.vocab_size, (batch_size, prompt_tokens), device=model.device)
-    how = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0} | options
+    settings = {
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "do_sample": False,
+        "pad_token_id": 0,
+    } | options
     started = time.perf_counter()
     with torch.inference_mode():
         model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), stopping_criteria=StoppingCriteriaList([clock]), **how
+            prompt, attention_mask=torch.ones_like(prompt), stopping_criteria=StoppingCriteriaList([clock]), **settings
         )
     return clock.times[0] - started, [after - before for before, after in itertools.pairwise(clock.times)]
 
 
 class Clock(StoppingCriteria):
-    """Note when each token was there; it stops nothing."""
+    """Record the time of each token; it never stops generation."""
 
     def __init__(self):
         self.times = []
@@ -102,7 +107,7 @@ class Clock(StoppingCriteria):
 
 
 def weight_bytes(model) -> int:
-    """Return how many bytes of linear weights a step reads, as they lie in memory now."""
+    """Return the number of bytes of linear weights that a decode step reads."""
     total = 0
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -112,16 +117,16 @@ def weight_bytes(model) -> int:
 
 
 def bytes_in_memory(weight: torch.Tensor) -> int:
-    """Return a tensor's size, of one that is made of others (torchao's quantised ones) theirs."""
+    """Return the bytes of a tensor, or of the tensors that it consists of (torchao's quantised weights)."""
     if not hasattr(weight, "__tensor_flatten__"):
         return weight.nbytes
     return sum(bytes_in_memory(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
 
 
 def measure_read_speed(device: torch.device | str) -> float:
-    """Return bytes per second, the best of some readings of more than a processor's caches hold.
+    """Return bytes per second: the best of several reads of more than the processor's caches hold.
 
-    A GPU copies, and what is read and what is written counts: its sums are not as fast as its memory.
+    On a GPU a copy is timed, and both its reads and its writes count, because a sum is slower than the memory.
     """
     numbers = torch.ones(READ_BYTES // 8, dtype=torch.int64, device=device)
     if numbers.is_cuda:
@@ -135,7 +140,7 @@ def measure_read_speed(device: torch.device | str) -> float:
 
 
 def measure_copy_speed(numbers: torch.Tensor) -> float:
-    """Return bytes per second, read and written, of many copies within a GPU: a single one is over too soon to time."""
+    """Return bytes per second, read and written, of many copies on a GPU; a single copy is too short to time."""
     copy, seconds = torch.empty_like(numbers), []
     for _ in range(ROUNDS):
         torch.cuda.synchronize()

@@ -13,12 +13,12 @@ from hf_llama3.errors import UserError
 from hf_llama3.modeling_llama3 import LOGITS_AT_A_TIME
 from hf_llama3.text.completion import check_range
 
-LARGEST_CONTEXT = 2048  # tokens, where nothing is said: a longer context takes longer and predicts better
+LARGEST_CONTEXT = 2048  # tokens, if `context` is omitted: a longer one takes longer and predicts better
 
 
 @dataclass
 class Evaluation:
-    """Say how well a model predicts a text, every token from those before it in its window."""
+    """Describe how well a model predicts each token of a text from those before it in the same window."""
 
     model: str
     text: str
@@ -35,14 +35,14 @@ class Evaluation:
 
 
 def evaluate(model, tokenizer, text, context: int | None = None, progress: bool = False) -> Evaluation:
-    """Compute the mean loss over a whole text, cut into windows in which the context starts afresh.
+    """Compute the mean loss over a whole text, cut into windows that do not see each other.
 
-    Where the tokenizer begins texts with a token, every window begins with it and all of the text is predicted;
-    elsewhere all but the text's first token: a window's last target is the next one's first input.
+    If the tokenizer adds a begin token, every window begins with it, and the whole text is predicted. Otherwise the
+    last target of a window is the first input of the next, and all but the first token of the text is predicted.
 
     Args:
         text: file in UTF-8.
-        context: tokens per window; the model's, but at most 2,048, if omitted.
+        context: number of tokens in a window; if omitted, the model's, but at most 2,048.
 
     Raises:
         UserError: the text cannot be read or has less than two tokens, or the context is not within the model's.
@@ -55,7 +55,9 @@ def evaluate(model, tokenizer, text, context: int | None = None, progress: bool 
         content = text.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{text} cannot be read: {error}; pass a text file in UTF-8") from error
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # it is cut below
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = (
+        True  # the windows below are shorter
+    )
     ids = tokenizer(content, add_special_tokens=False)["input_ids"]
     start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
     if len(ids) < 2:
@@ -84,7 +86,7 @@ def evaluate(model, tokenizer, text, context: int | None = None, progress: bool 
 
 @torch.inference_mode()
 def sum_of_losses(model, inputs: list[int], targets: list[int]) -> float:
-    """Return the sum of the losses in nats, from logits for some positions at a time."""
+    """Return the sum of the losses in nats; the logits are computed for a few positions at a time."""
     ids = torch.tensor([inputs], device=model.device)
     states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]  # (T, E)
     head, labels = model.get_output_embeddings(), torch.tensor(targets, device=states.device)

@@ -1,4 +1,4 @@
-"""What was measured of a model, put down in its folder for its card, and for the Hub where the text is a benchmark."""
+"""Measurements written into a model's folder, for its card and for the benchmarks of the Hub."""
 
 import math
 import re
@@ -17,11 +17,11 @@ from hf_llama3.files.json import to_json
 from .evaluation import Evaluation
 
 BENCHMARK = r"(?P<dataset>[\w.-]+/[\w.-]+):(?P<task>[\w.-]+)"
-SAME = ("text", "context", "dtype", "quantize")  # what is measured again replaces what was
+SAME = ("text", "context", "dtype", "quantize")  # a new result replaces one that agrees in these
 
 
 def check_record(model: str, benchmark: str | None):
-    """Raise before the work unless its result can be put down."""
+    """Raise, before the work, unless its result can be written."""
     if not (Path(model) / "config.json").is_file():
         raise UserError(f"--record writes into a Hugging Face folder, got {model}; convert or download it first")
     if benchmark is not None and not re.fullmatch(BENCHMARK, benchmark):
@@ -30,7 +30,7 @@ def check_record(model: str, benchmark: str | None):
 
 
 def record(report: Evaluation, benchmark: str | None = None):
-    """Put a result into the folder of its model, for the card, and for the Hub where it is one of a benchmark there."""
+    """Write a result into the folder of its model: for the card and, if it is a benchmark's, for the Hub."""
     folder, text = Path(report.model), Path(report.text).name
     if not math.isfinite(report.perplexity):
         raise UserError(f"--record needs a perplexity that is a number, got {report.perplexity}; it was not put down")

@@ -1,4 +1,4 @@
-"""A text of any size as training data: read in pieces, divided, written as token ids, cut into windows."""
+"""A text of any size as training data: read in pieces, split, written as token ids, cut into windows."""
 
 import codecs
 import hashlib
@@ -19,20 +19,20 @@ IGNORED = -100  # the label of a position that does not count
 
 @dataclass
 class Text:
-    """A text file that was read once: which characters it has, how many, and its hash."""
+    """A text file that was read through once: its length and its hash."""
 
     path: Path
     length: int  # characters
     sha256: str
 
     def divide(self, validation_share: float, test_share: float) -> tuple[range, range, range]:
-        """Return which characters train, validate and test: one after another, so that none is in two."""
+        """Return the ranges of characters for training, validation and test, which do not overlap."""
         first, second = (int(self.length * share) for share in (1 - validation_share - test_share, 1 - test_share))
         return range(first), range(first, second), range(second, self.length)
 
 
 def survey(path: Path, progress: Callable[[int], None] = lambda count: None) -> Text:
-    """Read a text file through, once; `progress` is told of bytes.
+    """Read a text file through once; `progress` is called with numbers of bytes.
 
     Raises:
         UserError: it is missing, in another encoding, or holds no text.
@@ -48,7 +48,7 @@ def survey(path: Path, progress: Callable[[int], None] = lambda count: None) -> 
 
 
 def read_pieces(path: Path, progress: Callable[[int], None] = lambda count: None) -> Iterator[str]:
-    """Yield a text file piece by piece, as it is.
+    """Yield a text file in pieces, unchanged.
 
     Raises:
         UserError: it cannot be read, or is not in UTF-8.
@@ -74,7 +74,7 @@ def read_pieces(path: Path, progress: Callable[[int], None] = lambda count: None
 
 
 def read_range(text: Text, characters: range, progress: Callable[[int], None] = lambda count: None) -> Iterator[str]:
-    """Yield a part of a text in pieces that a tokenizer splits as it would the whole: they end with a line."""
+    """Yield a part of a text in pieces that end with a line, so that a tokenizer splits them as it would the whole."""
     position, rest = 0, ""
     for piece in read_pieces(text.path):
         start, stop = max(characters.start - position, 0), max(characters.stop - position, 0)
@@ -90,7 +90,7 @@ def read_range(text: Text, characters: range, progress: Callable[[int], None] = 
 
 
 def end_of_line(text: str) -> int:
-    """Return where the last line of a text begins, 0 if that is unclear: white space may belong to what follows it."""
+    """Return where the last line begins, or 0 if that is unclear because white space may belong to what follows."""
     cut = len(text)
     while cut := text.rfind("\n", 0, cut) + 1:
         if cut < len(text) and not text[cut].isspace():
@@ -100,7 +100,7 @@ def end_of_line(text: str) -> int:
 
 
 def write_tokens(path: Path, pieces: Iterator[str], encode: Callable[[str], list[int]], vocab_size: int) -> np.memmap:
-    """Write the token ids of a text to a file, as wide as the vocabulary needs, and map it."""
+    """Write the token ids of a text to a file, in the narrowest type for the vocabulary, and map the file."""
     dtype = token_dtype(vocab_size)
     with open(path, "wb") as file:
         for piece in pieces:
@@ -119,7 +119,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class ShuffledWindows(Dataset):
-    """Windows of `context` tokens and the token after each position, in an order drawn by seed.
+    """Windows of `context` tokens with the token after each position as label, in an order that the seed determines.
 
     Every window of a text is seen once before any is seen again; each round through the text starts at another offset.
     Item i is the same in every process and every run, so that a resumed run continues where it stopped.
@@ -162,9 +162,9 @@ def draw(*key: int) -> int:
 
 
 class ConsecutiveWindows(Dataset):
-    """All of a text in windows of `context` tokens, each starting afresh; what is short of a window does not count.
+    """A whole text in windows of `context` tokens that do not see each other; padding does not count.
 
-    There are a multiple of `multiple` windows, some without anything that counts, so that processes get as many each.
+    The number of windows is a multiple of `multiple`, so that each process gets as many; the last may be all padding.
     """
 
     def __init__(self, tokens: np.ndarray, context: int, multiple: int = 1):

@@ -1,4 +1,4 @@
-"""Muon: a matrix is moved by its momentum, made nearly orthogonal, so that every direction in it counts alike.
+"""Muon: update a matrix by its orthogonalised momentum, so that every direction in it counts alike.
 
 After Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. Formulas and numbers are those of
 `torch.optim.Muon` (torch 2.13.0, torch/optim/_muon.py), which computes one matrix after another, always in bfloat16.
@@ -20,11 +20,11 @@ MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPS = 1e-7
-BATCH = 2**20  # numbers that are orthogonalised at a time: of large matrices, more would take memory and save no time
+BATCH = 2**20  # elements that are orthogonalised together; more would take memory and save no time
 
 
 class Muon(Optimizer):
-    """Keep a momentum for each matrix, and nothing else."""
+    """Update matrices by their orthogonalised Nesterov momentum, with decoupled weight decay."""
 
     def __init__(self, matrices: list[torch.nn.Parameter], lr: float, weight_decay: float):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
@@ -37,10 +37,10 @@ class Muon(Optimizer):
                 updates = orthogonalize(torch.stack([self._advance(matrix) for matrix in batch]))
                 for matrix, update in zip(batch, updates, strict=True):
                     rows, columns = matrix.shape
-                    matrix.mul_(kept).add_(divide_like(matrix, update), alpha=-lr * math.sqrt(max(1, rows / columns)))
+                    matrix.mul_(kept).add_(shard_like(matrix, update), alpha=-lr * math.sqrt(max(1, rows / columns)))
 
     def _advance(self, matrix: torch.nn.Parameter) -> torch.Tensor:
-        """Take a gradient into its momentum and look one step ahead (Nesterov); returns whole matrices."""
+        """Update the momentum of a matrix and return Nesterov's look-ahead, gathered from all processes."""
         state = self.state[matrix]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix.grad)
@@ -50,7 +50,7 @@ class Muon(Optimizer):
 
 
 def batches(matrices: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """Gather matrices of one shape; one that is divided among processes stays alone, since it is put together whole."""
+    """Group matrices by shape; one that is sharded among processes stays alone, because it is gathered whole."""
     by_shape = defaultdict(list)
     for matrix in matrices:
         by_shape[matrix.shape].append(matrix)
@@ -61,7 +61,7 @@ def batches(matrices: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parame
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Draw all singular values near 1, by Newton and Schulz: X <- a X + (b G + c G G) X, with G = X X^T."""
+    """Bring all singular values close to 1 by the Newton-Schulz iteration X <- a X + (b G + c G G) X, G = X X^T."""
     a, b, c = COEFFICIENTS
     x = matrices.to(product_dtype(matrices.device))  # (N, R, C)
     is_tall = x.shape[-2] > x.shape[-1]
@@ -75,13 +75,13 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """Return the type in which matrices are multiplied fastest, of those that are exact enough."""
+    """Return bfloat16, or float32 where the processor emulates bfloat16 products."""
     is_emulated = device.type == "cpu" and not processor.here().multiplies_bfloat16
     return torch.float32 if is_emulated else torch.bfloat16
 
 
-def divide_like(matrix: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Give each process its part of what all of them computed, where `matrix` is divided among them."""
+def shard_like(matrix: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Return this process's shard of an update that every process has computed whole."""
     if not isinstance(matrix, DTensor):
         return whole
     return distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None)

@@ -14,8 +14,8 @@ BETAS = (0.9, 0.99)
 
 
 def make_optimizer(model, settings: Settings) -> Optimizer:
-    """Make the optimiser that the settings describe, of what is to be trained."""
-    matrices, others = divide(model)
+    """Make the optimiser that the settings describe, for the parameters that are trained."""
+    matrices, others = split_parameters(model)
     if settings.matrix_learning_rate and matrices:
         return MuonWithAdamW(matrices, others, settings)
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -23,7 +23,7 @@ def make_optimizer(model, settings: Settings) -> Optimizer:
 
 
 class MuonWithAdamW(Optimizer):
-    """Step both at once; schedulers and checkpoints see one list of parameter groups and one state."""
+    """Step both; schedulers and checkpoints see one list of parameter groups and one state."""
 
     def __init__(self, matrices: list[torch.nn.Parameter], others: list[torch.nn.Parameter], settings: Settings):
         self.parts = (
@@ -34,7 +34,7 @@ class MuonWithAdamW(Optimizer):
         self._share()
 
     def _share(self):
-        """Let the parts work on this optimiser's groups and state."""
+        """Make both optimisers work on this one's groups and state."""
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
 
@@ -52,8 +52,8 @@ class MuonWithAdamW(Optimizer):
         self._share()
 
 
-def divide(model) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """Separate the layers' matrices from embeddings, output head and norms, of what is to be trained."""
+def split_parameters(model) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """Split the trained parameters into the matrices of the layers, for Muon, and all others, for AdamW."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and not any(part in name for part in EMBEDDINGS)

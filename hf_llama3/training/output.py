@@ -1,4 +1,4 @@
-"""The folder of a training run: begun once, gone on with, and at the end a model that every tool loads."""
+"""The folder of a training run: started, resumed, and at the end a model that every tool loads."""
 
 import contextlib
 import shutil
@@ -22,13 +22,13 @@ from .data import Text
 from .prepare import FOLDER
 from .settings import Settings, differences
 
-RUN_FILE = "run.json"  # what a run was told; there while it is not finished
+RUN_FILE = "run.json"  # the settings of an unfinished run
 LAST = "config.json"  # what makes a folder loadable
 
 
 @contextlib.contextmanager
 def start_run(output: Path, text: Text, settings: Settings, resume: bool):
-    """Make the folder of a run, or check that one is there to go on with; what the block refuses leaves no folder.
+    """Make the folder of a run, or check that there is one to resume; a `UserError` in the block removes a new folder.
 
     Raises:
         UserError: the folder is taken, or belongs to a run of other settings or of another text.
@@ -83,7 +83,7 @@ def last_checkpoint(output: Path) -> str | None:
 
 @contextlib.contextmanager
 def run_errors(output: Path):
-    """Turn what the system refuses into a sentence, whichever library it was that asked."""
+    """Turn errors of the system into one sentence, whichever library raised them."""
     with system_errors(output, "mend that, then add --resume"):
         try:
             yield

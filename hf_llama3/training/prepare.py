@@ -1,4 +1,4 @@
-"""A text made ready: its tokenizer and the ids of its parts, in files that every process maps."""
+"""A tokenised text: its tokenizer and the token ids of its parts, in files that every process maps."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ class Prepared:
 
 
 def prepare(text: Text, output: Path, settings: Settings, tokenizer: TextTokenizer | None, progress: bool):
-    """Make the tokenizer, if none is given, and write the ids of every part; what is there already stays.
+    """Make the tokenizer, if none is given, and write the ids of every part; a finished part is kept.
 
     Raises:
         UserError: the text is too short, or there is no such tokenizer.
@@ -57,7 +57,7 @@ def prepare(text: Text, output: Path, settings: Settings, tokenizer: TextTokeniz
 
 
 def counted(text: Text, characters: range, name: str, progress: bool):
-    """Yield the pieces of a part under a bar."""
+    """Yield the pieces of a part and show a progress bar."""
     with byte_bar(name, len(characters), progress) as bar:
         yield from read_range(text, characters, bar.update)
 

@@ -1,7 +1,7 @@
 """Training on a text, from top to bottom: data, tokenizer, model, optimiser, loop, report.
 
-The loop is `transformers.Trainer`; what it does (devices, processes, accumulation, clipping, schedules, saving,
-resuming) is set, not written again. The folder that is left is the portable one: every tool reads it.
+The loop is `transformers.Trainer`: devices, processes, accumulation, clipping, schedules, saving and resuming are its
+work. The result is a portable folder that every tool reads.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ LOGS = 100  # of the loss, over a run
 
 @dataclass
 class TrainingReport:
-    """Say what was trained and how well; losses are nats per token."""
+    """Describe what was trained and how well; losses are in nats per token."""
 
     output: str
     text: str
@@ -82,8 +82,8 @@ def train(
     Args:
         text: file in UTF-8, of any size; its first part trains, the rest validates.
         output: folder to make; checkpoints lie in `output/checkpoint-N` until it is finished, and after.
-        resume: go on from the last checkpoint of an interrupted run of the same settings.
-        progress: show bars on standard error, and there, before anything is done, what makes the run slow.
+        resume: continue from the last checkpoint of an interrupted run with the same settings.
+        progress: show bars and notes on standard error.
 
     Raises:
         UserError: the text cannot be read or is too short, the output exists, the shape is impossible, the loss is no
@@ -123,7 +123,7 @@ def train(
     num_parameters, vocab_size = model.num_parameters(), model.config.vocab_size
     if settings.fsdp:
         with run_errors(output):
-            model = divide_among_processes(model, output, arguments)
+            model = shard_among_processes(model, output, arguments)
     model.skip_logits_in_training = True
     if settings.checkpointing:
         model.gradient_checkpointing_enable()
@@ -186,7 +186,7 @@ def train(
 
 @contextlib.contextmanager
 def quiet():
-    """Keep the library's own bars and hints out of ours."""
+    """Silence the library's own progress bars and hints."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -199,7 +199,7 @@ def quiet():
 
 
 def make_arguments(output: Path, settings: Settings) -> TrainingArguments:
-    """Tell the Trainer what the settings mean to it; this also joins the processes that torchrun started.
+    """Translate the settings into the Trainer's arguments; this also joins the processes that torchrun started.
 
     Raises:
         UserError: the processes cannot share the windows of a step evenly, or the library is too old for --fsdp.
@@ -229,7 +229,7 @@ def make_arguments(output: Path, settings: Settings) -> TrainingArguments:
         load_best_model_at_end=not settings.fsdp,  # then the best checkpoint's files are taken
         metric_for_best_model="eval_loss",
         logging_steps=max(settings.steps // LOGS, 1),
-        logging_nan_inf_filter=False,  # a loss that is no number is not to be hidden
+        logging_nan_inf_filter=False,  # show a loss that is not finite
         train_sampling_strategy="sequential",  # the windows are in random order
         remove_unused_columns=False,  # or `shift_labels` is, and the model shifts the labels a second time
         dataloader_pin_memory=on_gpu,
@@ -253,7 +253,7 @@ def make_arguments(output: Path, settings: Settings) -> TrainingArguments:
 
 
 def slow_bfloat16(arguments: TrainingArguments) -> str | None:
-    """Say so where a run computes in bfloat16 and float32 is the faster."""
+    """Return a note if bfloat16 is slower than float32 on this processor."""
     if not arguments.bf16 or arguments.device.type != "cpu" or processor.here().multiplies_bfloat16:
         return None
     return f"--bf16 is slower than float32 on this processor, {processor.here()}; leave it out to go faster"
@@ -283,8 +283,8 @@ def make_config(vocabulary: dict, settings: Settings) -> Llama3Config:
         raise UserError(f"no model has this shape: {error.__cause__ or error}") from error
 
 
-def divide_among_processes(model: Llama3ForCausalLM, output: Path, arguments: TrainingArguments) -> Llama3ForCausalLM:
-    """Return the model with its weights divided (FSDP2), as the library does it: while it loads them from a folder."""
+def shard_among_processes(model: Llama3ForCausalLM, output: Path, arguments: TrainingArguments) -> Llama3ForCausalLM:
+    """Return the model with its weights sharded (FSDP2); the library shards them while it loads a folder."""
     folder = output / FOLDER / "model"
     with arguments.main_process_first(local=False), quiet():
         if arguments.process_index == 0:
@@ -296,7 +296,7 @@ def divide_among_processes(model: Llama3ForCausalLM, output: Path, arguments: Tr
 
 
 def draw_sample(trainer: TextTrainer, prepared, settings: Settings) -> str:
-    """Generate some text after the first tokens of what validates; it leaves the random numbers of training alone."""
+    """Generate a sample after the first tokens of the validation text, without using training's random numbers."""
     if settings.fsdp:
         return "(no sample: the weights are divided among processes)"
     prompt = torch.tensor(prepared.validation[:8].astype("int64"), device=trainer.args.device)[None]
@@ -310,6 +310,6 @@ def draw_sample(trainer: TextTrainer, prepared, settings: Settings) -> str:
 
 
 def read_curves(history: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """Gather (step, loss in nats per token) from what the Trainer logged."""
+    """Collect (step, loss in nats per token) from the Trainer's log."""
     keys = {"training": "loss", "validation": "eval_loss"}
     return {name: [(log["step"], log[key]) for log in history if key in log] for name, key in keys.items()}

@@ -1,4 +1,4 @@
-"""What a training run can be told, with the defaults; apart from the recipe, which imports torch."""
+"""The settings of a training run and their defaults, in a module that does not import torch."""
 
 import math
 from dataclasses import dataclass, fields
@@ -8,7 +8,7 @@ from hf_llama3.errors import UserError
 
 @dataclass(frozen=True)
 class Settings:
-    """Say how to train; a step is one update of the weights.
+    """Describe a training run; a step is one update of the weights.
 
     Raises:
         UserError: in `__init__`, for a number out of its range.
@@ -31,12 +31,12 @@ class Settings:
     warmup: float = 0.1  # share of the steps in which the learning rate rises; it then falls to zero along a cosine
     eval_every: int | None = None  # steps between evaluations; None: a tenth of the steps
     validation_share: float = 0.1  # of the text, after what trains
-    test_share: float = 0.0  # of the text, at its end; looked at once, when all is done
-    source: str | None = None  # folder of a model to go on from, of either format; its shape and tokenizer are taken
+    test_share: float = 0.0  # of the text, at its end; used once, after training
+    source: str | None = None  # folder of a model to continue from, in either format; its shape and tokenizer are kept
     lora: int | None = None  # rank of the adapters to train in place of the model's own weights
-    bf16: bool | None = None  # compute in bfloat16 where that is safe (autocast); None: on a GPU that can
-    compile: bool = False  # by torch.compile
-    checkpointing: bool = False  # of activations: less memory, more time
+    bf16: bool | None = None  # compute in bfloat16 (autocast); None: on a GPU that supports it
+    compile: bool = False  # with torch.compile
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     fsdp: bool = False  # divide weights, gradients and optimiser state among processes (FSDP2)
     seed: int = 0  # of weights, windows and dropout
 
@@ -108,11 +108,11 @@ def make_settings(preset: str | None = None, **options) -> Settings:
 
 
 def differences(ours: Settings, theirs: dict) -> list[str]:
-    """List the options in which settings differ from those that an earlier run wrote down."""
+    """List the options that differ from those of an earlier run."""
     names = [field.name for field in fields(Settings)]
     return [option(name) for name in names if getattr(ours, name) != theirs.get(name)]
 
 
 def option(name: str) -> str:
-    """Return a field's name as it stands on the command line."""
+    """Return the command line's name of a field."""
     return f"--{'from' if name == 'source' else name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""A model to go on from, of either format, and adapters to train in place of its weights."""
+"""A model to continue training from, in either format, and LoRA adapters for it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A tokenizer for a text: of its characters; trained on it, in the formats of Meta and Hugging Face; or taken over."""
+"""The tokenizer of a training run: its characters, a byte-level BPE trained on the text, or one from a folder."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ UNKNOWN = "<unk>"  # what a tokenizer of characters makes of one that it has not
 
 @dataclass
 class TextTokenizer:
-    """Hold the files of a tokenizer and what a model's configuration must know of it.
+    """The files of a tokenizer, and the part of a model's configuration that depends on it.
 
     Raises:
         UserError: in `__init__`, tokenizer.json is damaged, or has more ids than the embedding has rows.
@@ -55,7 +55,7 @@ def make_tokenizer(kind: str, pieces: Iterable[str], context: int) -> TextTokeni
 
     Args:
         kind: "char", "bpe:N" or a folder.
-        pieces: of the text that trains; one that validates would tell of itself.
+        pieces: of the training text alone.
         context: tokens that the model is made for.
 
     Raises:
@@ -141,7 +141,7 @@ def tiktoken_tokenizer(tokens: list[bytes], context: int) -> TextTokenizer:
 
 
 def read_tokenizer(folder: Path, context: int) -> TextTokenizer:
-    """Take over the tokenizer of a folder of either format.
+    """Read the tokenizer of a folder in either format.
 
     Raises:
         UserError: it holds none that can be taken.

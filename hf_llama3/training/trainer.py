@@ -20,7 +20,7 @@ from .settings import Settings
 
 
 class TextTrainer(Trainer):
-    """Evaluate over every token of a text, however it is cut and whoever computes it; stop where the loss is none."""
+    """Compute the exact mean loss over all tokens, whatever the batches and processes; stop if a loss is not finite."""
 
     def __init__(self, *args, settings: Settings, **kwargs):
         super().__init__(*args, **kwargs)
@@ -57,7 +57,7 @@ class TextTrainer(Trainer):
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Have the last step evaluated and saved, whatever the number of steps between; put the tokenizer beside it."""
+    """Evaluate and save at the last step as well, and save the tokenizer with every checkpoint."""
 
     def __init__(self, tokenizer_files: dict[str, bytes]):
         self.tokenizer_files = tokenizer_files

@@ -19,7 +19,7 @@ from yaml import safe_load
 
 from hf_llama3.conversion import convert, inspect
 from hf_llama3.model_card import build_card, write_card
-from hf_llama3.model_card.card import YOURS, memory_of
+from hf_llama3.model_card.card import MARKS, memory_of
 from hf_llama3.model_card.licenses import META, license_of_meta
 from hf_llama3.presets import PRESETS, config_of
 
@@ -111,11 +111,11 @@ def test_what_a_person_wrote_is_kept(folders, tmp_path):
     text = text.replace("license: mit\n", "license: mit\nlanguage:\n- en\ndatasets: me/plays\n").replace(
         "- llama-3\n", "- llama-3\n- plays\n"
     )
-    path.write_text(text.replace(YOURS[0], f"{YOURS[0]}\n## My words\n\nabout {{{{ it }}}}\n"))
+    path.write_text(text.replace(MARKS[0], f"{MARKS[0]}\n## My words\n\nabout {{{{ it }}}}\n"))
     (folder / "generation_config.json").unlink()
     write_card(path, build_card(folder, "apache-2.0"))
     again = path.read_text()
-    assert f"{YOURS[0]}\n## My words\n\nabout {{{{ it }}}}\n{YOURS[1]}" in again
+    assert f"{MARKS[0]}\n## My words\n\nabout {{{{ it }}}}\n{MARKS[1]}" in again
     data = ModelCard(again).data
     assert (data.license, data.language, data.datasets, data.tags) == (
         "apache-2.0",
@@ -136,7 +136,7 @@ def test_a_card_that_a_person_wrote_is_not_replaced(folders, tmp_path):
     assert "## Provenance" in path.read_text()
 
 
-@pytest.mark.parametrize("content", [YOURS[0], f"{YOURS[1]}\n{YOURS[0]}", f"{YOURS[0]}{YOURS[1]}" * 2])
+@pytest.mark.parametrize("content", [MARKS[0], f"{MARKS[1]}\n{MARKS[0]}", f"{MARKS[0]}{MARKS[1]}" * 2])
 def test_broken_marks(content, folders, tmp_path):
     convert(folders / "base", tmp_path / "model", to="hf", verify=False)
     (tmp_path / "model" / "README.md").write_text(content)
@@ -261,7 +261,7 @@ def test_another_place_for_the_card(folders, tmp_path):
     command = ["card", folders / "base", "--license", "mit", "--output", tmp_path / "card.md"]
     run(*command)
     content = (tmp_path / "card.md").read_text()
-    (tmp_path / "card.md").write_text(content.replace(YOURS[0], f"{YOURS[0]}\nMy words.\n"))
+    (tmp_path / "card.md").write_text(content.replace(MARKS[0], f"{MARKS[0]}\nMy words.\n"))
     run(*command)
     assert "\nMy words.\n" in (tmp_path / "card.md").read_text()
     assert "must be a file for a card" in refuse(*command[:-1], tmp_path)
