@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
@@ -28,7 +29,7 @@ def compile_decoding(model: PreTrainedModel, progress: bool = False):
     config._compile_all_devices = True
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # since torch 2.13
         config.isolate_recompiles = True  # each model has a limit of its own
-    model.generate = functools.partial(generate, model, config)
+    model.generate = functools.partial(generate, model, config, model.generate)
     model.get_compiled_call = functools.partial(get_step, model)
     model._prepare_static_cache = functools.partial(prepare_static_cache, model)
     how = {"min_new_tokens": 3, "max_new_tokens": 3}
@@ -38,15 +39,15 @@ def compile_decoding(model: PreTrainedModel, progress: bool = False):
         model.generate(prompt, attention_mask=torch.ones_like(prompt), **how)
 
 
-def generate(model: PreTrainedModel, config: CompileConfig, *args, **kwargs):
-    """Stand for `model.generate`, with a static cache and a compiled step unless the caller asks for something else.
+def generate(model: PreTrainedModel, config: CompileConfig, plain: Callable, *args, **kwargs):
+    """Stand for `plain`, with a static cache and a compiled step unless the caller asks for something else.
 
     Tensors of inference mode are of another kind to the compiler, for which it would compile everything again, so that
     mode is left; the library's method runs without gradients by itself.
     """
     wanted = vars(kwargs.get("generation_config") or model.generation_config) | kwargs
     if not is_served(wanted) or not is_worth_it(model, wanted, *args):
-        return type(model).generate(model, *args, **kwargs)
+        return plain(*args, **kwargs)
     with torch.inference_mode(False):
         kwargs |= {"cache_implementation": "static", "compile_config": config}
         return type(model).generate(model, *args, **kwargs)

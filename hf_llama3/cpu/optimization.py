@@ -14,6 +14,7 @@ from hf_llama3.errors import UserError
 from . import QUANTIZATIONS, processor
 from .cache import grow_caches
 from .compiled import compile_decoding
+from .decode_attention import use_decode_attention
 from .kernels.linear import Int4Kernel, Int8Kernel, Kernel, PlainKernel
 from .linear import PackedLinear, pack, unpack
 
@@ -40,9 +41,9 @@ def optimize(
 ) -> PreTrainedModel:
     """Return the same model, ready to generate fast and not to be changed until `restore`.
 
-    On a CPU every linear layer multiplies by products of ours, which read its weight where it lies. Outputs stay within
-    the rounding of sums in another order. On another device `compile` is what makes it faster. Any transformers model
-    will do.
+    On a CPU every linear layer multiplies by products of ours, which read its weight where it lies, and the steps of
+    `generate` attend by our attention. Outputs stay within the rounding of sums in another order. On another device
+    `compile` is what makes it faster. Any transformers model will do.
 
     Args:
         quantize: on a CPU, weights of "int8", or of "int4" (the head of int8); outputs change, and only loading brings
@@ -67,6 +68,7 @@ def optimize(
     if model.device.type == "cpu":
         pack_linears(model, quantize)
         grow_caches(model)
+        use_decode_attention(model)
     elif not compile:
         warnings.warn(f"on {model.device} a compiled step alone is faster; optimize with compile=True", stacklevel=2)
     model.optimization = Optimization(quantize, compile, trainable)

@@ -29,14 +29,21 @@ def model(request):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_logits_and_greedy_tokens(model, dtype):
     model.to(dtype)
-    theirs = logits(model)
-    tokens = model.generate(prompts(), max_new_tokens=30, do_sample=False)
+    theirs, plain = logits(model), generate(model)
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     assert hf_llama3.optimize(model) is model
     assert sum(type(module) is PackedLinear for module in model.modules()) == linears == 15
     ours = logits(model)
     assert (ours - theirs).abs().max() <= TOLERANCES[dtype] * theirs.abs().max()
-    assert torch.equal(model.generate(prompts(), max_new_tokens=30, do_sample=False), tokens)
+    for row, (made, its) in enumerate(zip(generate(model).sequences, plain.sequences, strict=True)):
+        for place in (made != its).nonzero()[:1, 0]:  # another token is as likely, to the same tolerance
+            scores = plain.logits[place - prompts().shape[1]][row]
+            assert scores.max() - scores[made[place]] <= TOLERANCES[dtype] * scores.abs().max()
+
+
+def generate(model):
+    how = {"max_new_tokens": 30, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(prompts(), **how)
 
 
 def test_biases():

@@ -9,26 +9,11 @@ from torch import nn
 from hf_llama3.cpu import processor
 from hf_llama3.cpu.kernels import linear as kernels
 from hf_llama3.cpu.kernels.linear import Int4Kernel, Int8Kernel, PlainKernel
-from hf_llama3.cpu.processor import Processor
 from hf_llama3.errors import UserError
 
-HERE = processor.here()
-NARROWER = {
-    "AVX2": ("avx2", "fma3"),
-    "AVX-512": ("avx2", "fma3", "avx512_f"),
-    "AVX-512, bfloat16": ("avx2", "fma3", "avx512_f", "avx512_vnni", "avx512_bf16"),
-}
-PROCESSORS = {"this one": HERE} | {
-    name: Processor(name, has, is_held=True) for name, has in NARROWER.items() if set(has) < set(HERE.instructions)
-}
 KERNELS = (PlainKernel, Int8Kernel, Int4Kernel)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS = (1, 2, 3, 4, 5, 8, 9, 17, 33, 80, 512)  # each side of every limit in `kernels`
-
-
-@pytest.fixture(params=PROCESSORS)
-def on(request, monkeypatch):
-    monkeypatch.setattr(processor, "here", lambda: PROCESSORS[request.param])
 
 
 def dequantised(kernel) -> torch.Tensor:

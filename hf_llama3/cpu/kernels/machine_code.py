@@ -59,6 +59,25 @@ class Builder(ir.IRBuilder):
         add = self.intrinsic(name, FLOAT, [FLOAT, value.type])
         return self.call(add, [ir.Constant(FLOAT, 0.0), value], fastmath=("reassoc",))
 
+    def totals(self, values: list):
+        """Return a vector of the sums of the lanes of so many vectors, each as long as they are many."""
+        lanes, width = len(values), len(values)
+        while width > 1:  # lanes that hold parts of the same sum
+            width //= 2
+            half = len(values) // 2
+            is_second = [lane // width % 2 for lane in range(lanes)]
+            own = [lane + lanes * second for lane, second in enumerate(is_second)]
+            other = [lane + (lanes - width if second else width) for lane, second in enumerate(is_second)]
+            own, other = (ir.Constant(vector(INT32, lanes), picked) for picked in (own, other))
+            pairs = zip(values[:half], values[half:], strict=True)
+            values = [self.fadd(self.shuffle_vector(*pair, own), self.shuffle_vector(*pair, other)) for pair in pairs]
+        return values[0]
+
+    def everywhere(self, value, lanes: int):
+        """Return a vector of a scalar in every lane."""
+        undefined = ir.Constant(vector(value.type, lanes), ir.Undefined)
+        return self.spread(self.insert_element(undefined, value, ir.Constant(INT32, 0)), lanes, lambda lane: 0)
+
     def intrinsic(self, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
         if name in self.module.globals:
             return self.module.globals[name]
