@@ -9,8 +9,16 @@ import numpy as np
 
 from hf_llama3.errors import UserError, quoted
 
+from .config.hf import head_of
 from .formats.storage import Part, StoredTensor, row_blocks
-from .weights import EMBEDDING, OUTPUT, Row, sizes
+from .weights import EMBEDDING, LANGUAGE_MODEL, OUTPUT, Row, sizes
+
+PURPOSES = {  # of the models that are none of language
+    "ForSequenceClassification": "scores a whole text",
+    "ForTokenClassification": "scores each token",
+    "ForQuestionAnswering": "finds where an answer stands",
+    "Model": "gives hidden states",
+}
 
 
 @dataclass(eq=False)
@@ -50,6 +58,24 @@ class Checkpoint:
     @property
     def tied(self) -> bool:
         return self.config["tie_word_embeddings"]
+
+    @property
+    def head(self) -> str:
+        """Which of `HEADS` it has."""
+        return head_of(self.config)
+
+    def require_language_model(self):
+        """Raise unless it writes texts.
+
+        Raises:
+            UserError: saying what it does, and what loads it.
+        """
+        if self.head != LANGUAGE_MODEL:
+            loader = f"AutoModel{self.head.removeprefix('Model')}.from_pretrained('{self.path}')"
+            kind = self.config["architectures"][0]
+            raise UserError(
+                f"{self.path} is a {kind}, which {PURPOSES[self.head]} and writes no text; load it by {loader}"
+            )
 
     @property
     def own_rows(self) -> list[Row]:

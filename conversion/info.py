@@ -9,7 +9,7 @@ from hf_llama3.files.picture import draw_bars
 from .checkpoint import Checkpoint
 from .hub import described
 from .opening import open_checkpoint
-from .weights import sizes
+from .weights import HEAD_MODULES, sizes
 
 # Module, as Meta's names have it -> part
 PARTS = {
@@ -20,6 +20,7 @@ PARTS = {
     "ffn_norm": "norms",
     "norm": "norms",
     "output": "head",
+    **dict.fromkeys(HEAD_MODULES, "head"),
 }
 
 
@@ -39,6 +40,7 @@ class CheckpointInfo:
     dtype: str
     dtypes: list[str]
     tied: bool
+    head: str  # what the class's name ends with, such as "ForCausalLM"
     tokenizer: str | None
     config: dict
     inferred: list[str]
@@ -73,6 +75,7 @@ def describe(checkpoint: Checkpoint) -> CheckpointInfo:
         dtype=checkpoint.dtype,
         dtypes=sorted({tensor.dtype.name for tensor in stored}),
         tied=checkpoint.tied,
+        head=checkpoint.head,
         tokenizer=checkpoint.tokenizer_kind,
         config=checkpoint.config,
         inferred=checkpoint.inferred,

@@ -71,6 +71,7 @@ def load_meta(path, *, rope_factor: float | None = None, **kwargs) -> Llama3ForC
 
 def load_checkpoint(checkpoint: Checkpoint, **kwargs) -> Llama3ForCausalLM:
     """Load an opened checkpoint; `kwargs` as for `load_meta`."""
+    checkpoint.require_language_model()
     checkpoint.check_copies()
     state_dict = {row.hf: LazyTensor(checkpoint, row) for row in checkpoint.own_rows}
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", "auto")

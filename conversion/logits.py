@@ -18,7 +18,7 @@ from hf_llama3.rotary import Llama3RotaryEmbedding, rotate
 
 from .checkpoint import Checkpoint
 from .formats.storage import Dtype, row_blocks, to_floats
-from .weights import LAYER_TABLE, Row, sizes
+from .weights import HEADS, Row, sizes
 
 NUM_TOKENS = 32
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order, over a hundred layers
@@ -26,7 +26,7 @@ TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order, over a 
 
 @torch.no_grad()
 def compute_logits(checkpoint: Checkpoint, progress: Callable[[int], None]) -> torch.Tensor:
-    """Return the logits (T, vocabulary) of some tokens that lie far apart, up to the end of the context window.
+    """Return the logits (T, vocabulary or labels) of some tokens that lie far apart, up to the context window's end.
 
     `progress` is told of the bytes of weights that were used.
     """
@@ -37,34 +37,40 @@ def compute_logits(checkpoint: Checkpoint, progress: Callable[[int], None]) -> t
     cos, sin = rotary(torch.zeros(()), positions)  # (1, T, D/2)
     turn = rotate_neighbours if checkpoint.order == "meta" else rotate
 
-    def linear(x, row):
-        return multiply(x, checkpoint, row, progress)
+    table = {row.hf: row for row in checkpoint.rows}
 
-    def norm(x, row):
-        weight = to_tensor(checkpoint.tensors[row.hf][0].array, checkpoint.tensors[row.hf][0].dtype)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]) * weight
+    def linear(x, name):
+        y = multiply(x, checkpoint, table[f"{name}.weight"], progress)
+        return y + vector(f"{name}.bias") if f"{name}.bias" in table else y
+
+    def vector(name):
+        return to_tensor(checkpoint.tensors[name][0].array, checkpoint.tensors[name][0].dtype)
+
+    def norm(x, name):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]) * vector(f"{name}.weight")
 
     def heads(x):
         return x.unflatten(-1, (-1, config["head_dim"])).transpose(0, 1)[None]  # (1, H or K, T, D)
 
-    embedding, *layers, last_norm, output = checkpoint.rows
-    x = look_up(checkpoint, embedding, ids)  # (T, E)
-    for start in range(0, len(layers), len(LAYER_TABLE)):
-        attention_norm, q, k, v, o, feed_forward_norm, gate, up, down = layers[start : start + len(LAYER_TABLE)]
-        h = norm(x, attention_norm)
-        query, key = (turn(heads(linear(h, row)), cos, sin) for row in (q, k))
-        value = heads(linear(h, v))
+    x = look_up(checkpoint, checkpoint.rows[0], ids)  # (T, E)
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}"
+        h = norm(x, f"{layer}.input_layernorm")
+        query, key = (turn(heads(linear(h, f"{layer}.self_attn.{one}_proj")), cos, sin) for one in "qk")
+        value = heads(linear(h, f"{layer}.self_attn.v_proj"))
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        x = x + linear(attended[0].transpose(0, 1).flatten(1), o)
-        h = norm(x, feed_forward_norm)
-        x = x + linear(F.silu(linear(h, gate)) * linear(h, up), down)
-    return linear(norm(x, last_norm), output)
+        x = x + linear(attended[0].transpose(0, 1).flatten(1), f"{layer}.self_attn.o_proj")
+        h = norm(x, f"{layer}.post_attention_layernorm")
+        gate, up = (linear(h, f"{layer}.mlp.{one}_proj") for one in ("gate", "up"))
+        x = x + linear(F.silu(gate) * up, f"{layer}.mlp.down_proj")
+    head = HEADS[checkpoint.head]
+    return linear(norm(x, "model.norm"), head[0].hf.removesuffix(".weight")) if head else norm(x, "model.norm")
 
 
 def multiply(x: torch.Tensor, checkpoint: Checkpoint, row: Row, progress: Callable[[int], None]) -> torch.Tensor:
     """Multiply `x` (T, in) by a weight (out, in) that lies in shards, a few rows at a time; the result is (T, out)."""
     full, dtype = row.full_shape(sizes(checkpoint.config)), checkpoint.tensors[row.hf][0].dtype
-    parts = [part.array for part in checkpoint.cut(row, 0, full[row.split])]
+    parts = [part.array for part in checkpoint.cut(row, 0, full[row.split or 0])]
     # Shards of the output's channels stand side by side; shards of the input's are summed.
     inputs = x.split([part.shape[1] for part in parts], dim=1) if row.split == 1 else [x] * len(parts)
     results = []

@@ -19,7 +19,7 @@ from .formats.safetensors import SafetensorsLayout
 from .formats.storage import Assembly, Part
 from .tokenizer.bpe import llama3_chat_template
 from .tokenizer.files import hf_tokenizer, meta_tokenizer
-from .weights import Row, half_to_interleaved, interleaved_to_half, sizes
+from .weights import Row, half_to_interleaved, interleaved_to_half, name_in_file, sizes
 
 DEFAULT_SHARD_SIZE = "5GB"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -63,7 +63,8 @@ class Plan:
 def plan_hf(source: Checkpoint, model_type: str, max_shard_size: str, cast: Cast | None) -> Plan:
     """Plan a Hugging Face folder of `model_type` "llama", which everything reads, or "llama3" with its code."""
     dtype = cast.to.name if cast else source.dtype
-    tensors = [(row.hf, assemble(source, row, "hf", cast)) for row in source.own_rows]
+    head = source.head
+    tensors = [(name_in_file(row.hf, head), assemble(source, row, "hf", cast)) for row in source.own_rows]
     divided = divide(tensors, lambda tensor: tensor[1].nbytes, parse_size(max_shard_size))
     files = [PlannedFile(name, SafetensorsLayout(describe(group)), group) for name, group in divided.items()]
 

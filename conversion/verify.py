@@ -99,7 +99,11 @@ def compare_weights(source: Checkpoint, target: Checkpoint, progress: bool, cast
             checkpoint.check_copies()
         except UserError as error:
             report.differences.append(str(error))
-    if sizes(source.config) != sizes(target.config) or len(source.rows) != len(target.rows):
+    names, others = ({row.hf for row in checkpoint.rows} for checkpoint in (source, target))
+    if others != names:
+        name = min(names ^ others)
+        report.differences.append(f"{name}: only in {'source' if name in names else 'target'}")
+    if sizes(source.config) != sizes(target.config) or names != others:
         return report  # other shapes: nothing to compare
 
     total = sum(tensor.nbytes for tensors in target.tensors.values() for tensor in tensors)

@@ -52,6 +52,7 @@ HEADS = {
     "ForQuestionAnswering": (ANSWER, Row("qa_outputs.bias", "qa_outputs.bias", ("spans",), None)),
     "Model": (),
 }
+BASES = {"ForQuestionAnswering": "transformer.", "Model": ""}  # in their files, for "model."
 HEAD_MODULES = {row.hf.split(".")[0] for head in HEADS.values() for row in head}
 DEFAULT_LABELS = 2  # transformers' `PreTrainedConfig`, where a configuration does not name them
 
@@ -71,6 +72,11 @@ def rows(num_layers: int, embedding_split: int = 0, biases=(), head: str = LANGU
         for row in one_layer
     ]
     return [EMBEDDING._replace(split=embedding_split), *layers, NORM, *HEADS[head]]
+
+
+def name_in_file(name: str, head: str) -> str:
+    """Return the name of a tensor in the files of a Hugging Face model with this head."""
+    return BASES.get(head, "model.") + name.removeprefix("model.") if name.startswith("model.") else name
 
 
 def bias_of(row: Row) -> Row:

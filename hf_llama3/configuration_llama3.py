@@ -148,8 +148,12 @@ def from_upstream(config_dict: dict) -> dict:
     """Translate the configuration of a `model_type: llama` checkpoint: what it leaves out has *upstream's* defaults."""
     if config_dict.get("model_type") != LlamaConfig.model_type:
         return config_dict
-    theirs = LlamaConfig.from_dict(copy.deepcopy(config_dict))  # the library writes into what it is given
-    return theirs.to_dict() | {"model_type": Llama3Config.model_type}
+    given, own = copy.deepcopy(config_dict), {"model_type": Llama3Config.model_type}  # the library writes into it
+    if given.get("head_dim") is not None:  # theirs refuses heads that do not divide the hidden size all the same
+        heads = given.get("num_attention_heads") or LlamaConfig.num_attention_heads
+        own |= {"num_attention_heads": heads, "num_key_value_heads": given.get("num_key_value_heads") or heads}
+        given["num_attention_heads"] = 1
+    return LlamaConfig.from_dict(given).to_dict() | own
 
 
 def warn_unknown(name: str, known: list[str]):

@@ -22,6 +22,13 @@ from .licenses import META, check_license, license_of_meta
 
 CARD = "README.md"
 MARKS = ("<!-- Yours: what stands from here -->", "<!-- to here is kept when the card is made again. -->")
+TASKS = {  # the Hub's, by what the class's name ends with
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "Model": "feature-extraction",
+}
 HASHED = ("config.json", "tokenizer.json", *CODE_FILES)  # what the card tells the hash of, beside the weights
 
 
@@ -55,7 +62,7 @@ def build_card(
     for identifier in as_list(license):
         check_license(identifier, written)
     training = read_training(folder)
-    front_matter = {"license": license, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    front_matter = {"license": license, "library_name": "transformers", "pipeline_tag": TASKS[info.head]}
     front_matter |= base_model_of(provenance, training)
     tags = ["llama", *(["llama-3"] if version != "2" else [])]
     front_matter |= {key: value for key, value in written.items() if key != "license"}
@@ -136,13 +143,18 @@ def base_model_of(provenance: dict | None, training: dict | None) -> dict:
 
 def embeddings_of(info: CheckpointInfo) -> int:
     """Count the parameters of the embedding, and of the head where it is one of its own."""
-    return info.config["vocab_size"] * info.config["hidden_size"] * (1 if info.tied else 2)
+    return info.config["vocab_size"] * info.config["hidden_size"] * (2 if has_own_head(info) else 1)
+
+
+def has_own_head(info: CheckpointInfo) -> bool:
+    """Tell whether a matrix as large as the embedding ends the model."""
+    return info.head == "ForCausalLM" and not info.tied
 
 
 def memory_of(info: CheckpointInfo) -> dict[str, float]:
     """Return bytes: of the weights in bf16, int8 and int4 (embedding in bf16), and of the bf16 cache for a token."""
     embedding = info.config["vocab_size"] * info.config["hidden_size"]
-    others = info.num_parameters - (0 if info.tied else embedding)  # of a tied embedding, the head is a copy
+    others = info.num_parameters - (embedding if has_own_head(info) else 0)  # of a tied embedding, the head is a copy
     head_dim = info.config.get("head_dim") or info.config["hidden_size"] // info.config["num_attention_heads"]
     return {
         "bf16": 2 * info.num_parameters,

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 from hf_llama3.files.json import read_json, to_json
 from hf_llama3.presets import llama3_scaling
 from hf_llama3.remote_code import AUTO_MAP
 
+from ..weights import HEADS, LANGUAGE_MODEL
+
 UPSTREAM_ROPE_THETA = 10000.0  # what `model_type: llama` means where it does not say (`LlamaConfig.default_theta`)
-KNOWN_TYPES = {"llama": "LlamaForCausalLM", "llama3": "Llama3ForCausalLM"}
+KNOWN_TYPES = {"llama": "Llama", "llama3": "Llama3"}  # what a class's name begins with
 OTHER_TYPES = {"mllama": "a vision model", "llama4": "Llama 4", "llama4_text": "Llama 4"}
 LARGEST = 2**40  # beyond any number of a model
 GEOMETRY = {  # key -> its type
@@ -32,6 +34,7 @@ PASSED_ON = {  # written as they are found, or as every Llama has them
 }
 LLAMA3_SCALING = tuple(llama3_scaling(8.0))[1:]  # its keys, without the type
 PACKED = "hf_llama3"  # `quant_method` in the configuration of a folder that `hf-llama3 pack` made
+LABEL_KEYS = ("id2label", "label2id", "problem_type")  # of a classifier
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -39,7 +42,8 @@ def read_config(path: Path) -> dict:
     """Read a config.json of type llama or llama3 into the one spelling that this package uses.
 
     Returns:
-        Every key of `GEOMETRY`, `TOKEN_IDS` and `PASSED_ON`, `rope_parameters` and `tie_word_embeddings`.
+        Every key of `GEOMETRY`, `TOKEN_IDS` and `PASSED_ON`, `rope_parameters` and `tie_word_embeddings`; of another
+        model than a language model, `architectures` and what there is of `LABEL_KEYS`.
 
     Raises:
         UserError: naming a key that is missing, malformed or contradictory, or what the file describes instead.
@@ -52,8 +56,6 @@ def read_config(path: Path) -> dict:
     if raw.get("quantization_config"):
         how = "packed" if is_packed(raw) else "quantised"
         raise UserError(f"{path} describes {how} weights (`quantization_config`); take the original ones")
-    if raw.get("attention_bias") or raw.get("mlp_bias"):
-        raise UserError(f"{path} describes projections with biases, which the conversions do not know")
     if raw.get("hidden_act", PASSED_ON["hidden_act"]) != PASSED_ON["hidden_act"]:
         raise UserError(f"`hidden_act` in {path} must be 'silu' as in every Llama, got {raw['hidden_act']!r}")
 
@@ -74,7 +76,23 @@ def read_config(path: Path) -> dict:
     config["rope_parameters"] = read_rope(raw, path)
     config["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
     config |= {key: raw.get(key) for key in TOKEN_IDS}
+    if head_of(raw) != LANGUAGE_MODEL:
+        config |= {key: raw[key] for key in ("architectures", *LABEL_KEYS) if raw.get(key) is not None}
+        check_labels(config, path)
     return config | {key: raw.get(key, usual) for key, usual in PASSED_ON.items()}
+
+
+def head_of(config: dict) -> str:
+    """Return which of `HEADS` the class has that a configuration names; that of a language model if it names none."""
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    return next((head for head in HEADS for start in KNOWN_TYPES.values() if name == start + head), LANGUAGE_MODEL)
+
+
+def check_labels(config: dict, path: Path):
+    labels = config.get("id2label", {})
+    if not isinstance(labels, dict) or not all(isinstance(label, str | int) for label in labels.values()):
+        raise UserError(f"`id2label` in {path} must map numbers to labels, got {quoted(labels)}")
 
 
 def is_packed(raw: dict) -> bool:
@@ -117,11 +135,12 @@ def portable_config(config: dict, dtype: str, written_as: str) -> dict:
     rope = config["rope_parameters"]
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
-        "architectures": [KNOWN_TYPES[written_as]],
+        "architectures": [KNOWN_TYPES[written_as] + head_of(config)],
         "model_type": written_as,
         **({"auto_map": AUTO_MAP} if written_as == "llama3" else {}),
         **{key: config[key] for key in (*GEOMETRY, *TOKEN_IDS, "tie_word_embeddings")},
         **{key: config.get(key, usual) for key, usual in PASSED_ON.items()},
+        **{key: config[key] for key in LABEL_KEYS if key in config},
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if rope["rope_type"] == "default" else scaling,

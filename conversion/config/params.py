@@ -10,7 +10,8 @@ from hf_llama3.errors import UserError
 from hf_llama3.files.json import read_json
 from hf_llama3.presets import LONG_CONTEXT, ORIGINAL_CONTEXT, PRESETS, ROPE_THETA, llama3_scaling
 
-from .hf import LARGEST
+from ..weights import BIAS_KEYS, LANGUAGE_MODEL
+from .hf import LARGEST, head_of
 from .sidecar import SIDECAR
 
 LLAMA2_ROPE_THETA = 10000.0  # what a params.json that does not say means (llama-models 0.3.0, Llama 2's `ModelArgs`)
@@ -170,11 +171,18 @@ def config_to_params(config: dict, path: Path, kv_heads: int) -> dict:
         UserError: the model has something that Meta's format cannot say.
     """
     heads, hidden, rope = config["num_attention_heads"], config["hidden_size"], config["rope_parameters"]
+    stays = "; --to hf keeps it"
     if config["head_dim"] * heads != hidden:
+        got = f"got {config['head_dim']} x {heads} and {hidden}"
+        rule = "`head_dim` x `num_attention_heads` = `hidden_size`"
         raise UserError(
-            f"{path}: Meta's format needs `head_dim` x `num_attention_heads` = `hidden_size`, "
-            f"got {config['head_dim']} x {heads} and {hidden}"
+            f"{path}: Meta's format needs {rule}, since params.json has no key for `head_dim`, {got}{stays}"
         )
+    if biased := [key for key in BIAS_KEYS if config.get(key)]:
+        place = "Meta's layers have weights alone, and params.json no key for"
+        raise UserError(f"{path} has biases in its projections: {place} `{biased[0]}`{stays}")
+    if (head := head_of(config)) != LANGUAGE_MODEL:
+        raise UserError(f"{path} ends with a head {head}: Meta's format has a place for output.weight alone{stays}")
     scaled = rope["rope_type"] != "default"
     if scaled and {**rope, "factor": 0, "rope_theta": 0} != {**llama3_scaling(0), "rope_theta": 0}:
         raise UserError(f"{path}: Meta's format knows plain RoPE and Llama 3.1's scaling of 8192 tokens, got {rope}")

@@ -6,10 +6,10 @@ from hf_llama3.errors import UserError, quoted, shown
 from hf_llama3.files.json import read_json
 
 from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, same_tensors
-from ..config.hf import read_config
+from ..config.hf import head_of, read_config
 from ..config.params import infer_version
 from ..tokenizer.bpe import find_hf_tokenizer, read_chat_template, special_tokens
-from ..weights import BIAS_KEYS, EMBEDDING, OUTPUT, rows
+from ..weights import BIAS_KEYS, EMBEDDING, LANGUAGE_MODEL, OUTPUT, name_in_file, rows
 from .names import is_rope_table, settle
 from .safetensors import read_safetensors
 from .storage import StoredTensor
@@ -35,20 +35,23 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
     if tokenizer is None:
         inferred.append("no tokenizer: the folder has no tokenizer.json")
 
-    biases = [key for key in BIAS_KEYS if config[key]]
-    table = rows(config["num_hidden_layers"], 1 if version == "2" else 0, biases)
+    biases, head = [key for key in BIAS_KEYS if config[key]], head_of(config)
+    table = rows(config["num_hidden_layers"], 1 if version == "2" else 0, biases, head)
     if order == "meta":
         inferred.append("names of tensors and order of their rows: Meta's")
         to_hf = {row.meta: row.hf for row in table}
         tensors = {to_hf.get(name, name): tensor for name, tensor in tensors.items()}
-    if config["tie_word_embeddings"] and EMBEDDING.hf in tensors:
+    tied = config["tie_word_embeddings"] and head == LANGUAGE_MODEL
+    if tied and EMBEDDING.hf in tensors:
         tensors.setdefault(OUTPUT.hf, tensors[EMBEDDING.hf])
     check_names(tensors.keys(), {row.hf for row in table}, folder)
     shards = {name: [tensor] for name, tensor in tensors.items()}
     check_shapes(table, shards, config, folder, "config.json")
-    if config["tie_word_embeddings"] and not same_tensors(shards[OUTPUT.hf], shards[EMBEDDING.hf]):
+    if tied and not same_tensors(shards[OUTPUT.hf], shards[EMBEDDING.hf]):
         config["tie_word_embeddings"] = False
         inferred.append("embeddings untied: config.json ties them, but there is a head that differs, which is kept")
+    names_as_is = {name_in_file(name, head) for name in tensors} - found.keys() <= {OUTPUT.hf}
+    divides = config["hidden_size"] % config["num_attention_heads"] == 0  # or upstream's class refuses any `head_dim`
     generation = folder / "generation_config.json"
     return Checkpoint(
         *(folder, "hf", config, table, shards, tokenizer, kind, version, instruct),
@@ -57,7 +60,7 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
         generation_config=read_json(generation) if generation.exists() else None,
         inferred=inferred,
         order=order,
-        loads_as_is=tensors.keys() - found.keys() <= {OUTPUT.hf},
+        loads_as_is=names_as_is and divides,
     )
 
 

@@ -69,6 +69,7 @@ def pack_model(
     if quantize not in (None, *QUANTIZATIONS):
         raise UserError(f"--quantize must be one of {QUANTIZATIONS}, got {quantize!r}")
     target, checkpoint = Path(target).resolve(), open_checkpoint(source, rope_factor)
+    checkpoint.require_language_model()
     if quantize is None and checkpoint.dtype != PLAIN:
         raise UserError(f"weights to pack must be {PLAIN}, got {checkpoint.dtype}; convert --dtype, or add --quantize")
     checkpoint.check_copies()
@@ -120,10 +121,10 @@ def plan_files(checkpoint: Checkpoint, quantize: str | None) -> list[WeightsFile
 def describe(row: Row, weight: LazyTensor, quantize: str | None) -> list[tuple[str, Dtype, tuple[int, ...]]]:
     """Return name, type and shape of each tensor that a row of the table becomes."""
     kernel = kernel_of(row, weight.shape, quantize)
-    tensors = {"weight": weight} if kernel is None else kernel.describe(tuple(weight.shape))
-    prefix = row.hf.removesuffix("weight")
+    prefix, _, own = row.hf.rpartition(".")  # "weight" or "bias"
+    tensors = {own: weight} if kernel is None else kernel.describe(tuple(weight.shape))
     return [
-        (prefix + key, TYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        (f"{prefix}.{key}", TYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
         for key, tensor in tensors.items()
     ]
 
@@ -148,13 +149,14 @@ def write_weights(file: WeightsFile, folder: Path, checkpoint: Checkpoint, quant
         for row in file.rows:
             weight = LazyTensor(checkpoint, row).read(0, None)
             kernel = kernel_of(row, weight.shape, quantize)
-            stored = {"weight": weight}
+            prefix, _, own = row.hf.rpartition(".")
+            stored = {own: weight}
             if kernel is not None:
                 stored = lay_out(kernel.describe(tuple(weight.shape)), memory)
                 kernel.encode(weight, stored)
             for key, tensor in stored.items():
                 content = tensor.contiguous().view(torch.uint8).numpy()
-                write_all(out, content, file.offsets[row.hf.removesuffix("weight") + key])
+                write_all(out, content, file.offsets[f"{prefix}.{key}"])
                 progress(content.nbytes)
         for offset, content in file.layout.fixed([]):
             write_all(out, content, offset)

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
 from hf_llama3.conversion.config.hf import is_packed
@@ -76,6 +76,7 @@ def load_model(
 def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max_memory, offload_folder, group: Group):
     """Do the part of `load_model` that reads files: what can be refused, then the weights."""
     checkpoint = open_checkpoint(name, rope_factor)  # reads no tensor, and its errors are sentences
+    checkpoint.require_language_model()
     if checkpoint.tokenizer is None:
         raise UserError(f"{checkpoint.path} holds no tokenizer, without which there is no text; add its files")
     name, as_is = str(checkpoint.path), checkpoint.loads_as_is
@@ -90,7 +91,7 @@ def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max
     if as_is:
         return read_folder(name, dtype, where)
     is_meta = checkpoint.format == "meta"
-    tokenizer = load_meta_tokenizer(name, rope_factor=rope_factor) if is_meta else read_tokenizer(name)
+    tokenizer = load_meta_tokenizer(name, rope_factor=rope_factor) if is_meta else read_tokenizer(name, config)
     with loading(name):
         return load_checkpoint(checkpoint, dtype=dtype, **where).eval(), tokenizer
 
@@ -109,9 +110,10 @@ def read_folder(name: str, dtype: str, where: dict):
     return model.eval(), tokenizer
 
 
-def read_tokenizer(name: str):
+def read_tokenizer(name: str, config: PretrainedConfig | None = None):
+    """Load a folder's tokenizer; `config` where the library does not take the folder's."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise UserError(f"the tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]}") from error
 

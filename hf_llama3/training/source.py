@@ -23,6 +23,7 @@ def open_source(path: str, context: int) -> tuple[Checkpoint, TextTokenizer]:
         UserError: it cannot be opened, has no tokenizer, or was made for fewer than `context` tokens.
     """
     checkpoint = open_checkpoint(Path(path))
+    checkpoint.require_language_model()
     files = hf_tokenizer(checkpoint, notes=[])
     if "tokenizer.json" not in files:
         raise UserError(f"{path} must hold a tokenizer to be trained on text; add its files")

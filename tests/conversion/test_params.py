@@ -234,7 +234,6 @@ def test_sparse_llama_config_means_upstreams_defaults(tmp_path):
         ({"model_type": "llama4"}, r"got 'llama4' \(Llama 4\)"),
         ({"model_type": "bert"}, "got 'bert'"),
         ({"quantization_config": {"bits": 4}}, "describes quantised weights"),
-        ({"attention_bias": True}, "biases, which the conversions do not know"),
         ({"hidden_act": "gelu"}, "must be 'silu' as in every Llama, got 'gelu'"),
         ({"hidden_size": "4096"}, "`hidden_size` .* must be a positive int, got '4096'"),
         ({"vocab_size": 0}, "`vocab_size` .* must be a positive int, got 0"),

@@ -94,7 +94,9 @@ def test_the_code_of_a_card_runs(name, folders):
 def test_memory():
     """The 3.2-1B: 1.24 billion weights; in int8 a byte each and the embedding's two besides, which stays."""
     config = config_of("3.2-1B")
-    info = SimpleNamespace(config=config | {"head_dim": 64}, num_parameters=1_235_814_400, tied=True)
+    info = SimpleNamespace(
+        config=config | {"head_dim": 64}, num_parameters=1_235_814_400, tied=True, head="ForCausalLM"
+    )
     memory, embedding = memory_of(info), 128256 * 2048
     assert memory["bf16"] == 2_471_628_800
     assert memory["int8"] == 1_235_814_400 + 2 * embedding
