@@ -24,10 +24,11 @@ import numpy as np
 from machine import describe_machine
 
 from hf_llama3.conversion.config.params import config_to_params
-from hf_llama3.conversion.formats.meta import PARAMS_FILE, TOKENIZER_FILE
+from hf_llama3.conversion.formats.meta import PARAMS_FILE
 from hf_llama3.conversion.formats.pth import PthLayout
 from hf_llama3.conversion.formats.storage import BLOCK_BYTES, BY_NAME, write_all
 from hf_llama3.conversion.tokenizer.bpe import tiktoken_file
+from hf_llama3.conversion.tokenizer.files import TOKENIZER_MODEL
 from hf_llama3.conversion.weights import rows, sizes
 from hf_llama3.files.json import to_json
 from hf_llama3.presets import config_of, llama3_scaling
@@ -104,7 +105,7 @@ def write_random(folder: Path, config: dict, layout: PthLayout):
         tokens |= dict.fromkeys(left + right for right in first[:250])
         if len(tokens) > 128000:
             break
-    (folder / TOKENIZER_FILE).write_bytes(tiktoken_file(list(tokens)[:128000]))
+    (folder / TOKENIZER_MODEL).write_bytes(tiktoken_file(list(tokens)[:128000]))
 
 
 def run_jobs(source: Path, jobs: dict[str, list[str]], args) -> dict[str, list[tuple[float, int, float]]]:

@@ -35,12 +35,14 @@ class Checkpoint:
     version: str  # of Llama: "2", "3.0", "3.1", "3.2" or "3.3"
     instruct: bool
     special_tokens: list[str] | None  # in the order of their ids; None where the tokenizer's own file names them
-    chat_template: str | None  # another than Llama 3's
-    generation_config: dict | None
+    chat_template: str | None  # the default one, where it is another than Llama 3's
+    generation_config: dict | None  # None: the folder has none
     inferred: list[str]  # sentences: what, and why
     copies: list[tuple[StoredTensor, StoredTensor]] = field(default_factory=list, repr=False)  # one taken, one left out
     order: str = ""  # of the query and key rows, "hf" or "meta": its format's, if omitted
     loads_as_is: bool = True  # whether transformers' `from_pretrained` takes the folder as it stands
+    more_config: dict = field(default_factory=dict)  # what config.json says beside what a conversion needs of it
+    hf_tokenizer: Path | None = None  # the folder with the tokenizer's Hugging Face files as they came, if any
 
     def __post_init__(self):
         self.order = self.order or self.format

@@ -19,6 +19,7 @@ from .config.hf import read_config
 from .config.params import read_params
 from .formats.hf import INDEX, SINGLE
 from .formats.meta import PARAMS_FILE
+from .tokenizer.files import CARRIED
 
 # huggingface_hub is imported where it is used: a local folder need not wait for it.
 
@@ -29,7 +30,7 @@ HF_TEXTS = ("*.json", "chat_template.jinja", "additional_chat_templates/*.jinja"
 HF_TEXTS += ("vocab.txt", "merges.txt")
 HF_WEIGHTS = ("*.safetensors",)
 NOT_OF_HF = ("*/*.json", "*/*.safetensors", "consolidated*")  # copies for other tools, Meta's files
-META_FILES = ("*.json", "tokenizer.model", "checklist.chk", "consolidated.*", "*.pth")
+META_FILES = ("*.json", "tokenizer.model", "checklist.chk", "consolidated.*", "*.pth", f"{CARRIED}/*")
 
 
 class HubName(NamedTuple):

@@ -4,15 +4,16 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig
 
 from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.errors import UserError
 from hf_llama3.files.atomic import write_files
+from hf_llama3.files.json import to_json
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 
 from .checkpoint import Checkpoint
-from .config.hf import generation_config
+from .config.hf import portable_config
 from .opening import open_checkpoint
 from .plan import assemble
 from .tokenizer.files import hf_tokenizer
@@ -82,7 +83,8 @@ def load_checkpoint(checkpoint: Checkpoint, **kwargs) -> Llama3ForCausalLM:
         None, config=config, state_dict=state_dict, trust_remote_code=False, **kwargs
     )
     model.name_or_path = str(checkpoint.path)
-    model.generation_config = GenerationConfig(**generation_config(checkpoint.config, checkpoint.generation_config))
+    if checkpoint.generation_config is not None:
+        model.generation_config = GenerationConfig(**checkpoint.generation_config)
     return model
 
 
@@ -96,8 +98,9 @@ def load_meta_tokenizer(path, *, rope_factor: float | None = None):
     if checkpoint.tokenizer is None:
         raise UserError(f"{path} must hold a tokenizer.model to turn text into tokens; put Meta's there")
     with tempfile.TemporaryDirectory() as folder:
-        write_files(Path(folder), hf_tokenizer(checkpoint, notes=[]))
-        return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+        config = portable_config(checkpoint.config, checkpoint.dtype, "llama")  # decides where no class is named
+        write_files(Path(folder), hf_tokenizer(checkpoint, notes=[]) | {"config.json": to_json(config)})
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def open_meta_only(path, rope_factor: float | None):

@@ -8,7 +8,7 @@ from hf_llama3.files.json import to_json
 from hf_llama3.remote_code import code_files
 
 from .checkpoint import Checkpoint
-from .config.hf import generation_config, portable_config
+from .config.hf import portable_config
 from .config.params import config_to_params
 from .config.sidecar import SIDECAR, make_sidecar
 from .formats.cast import Cast
@@ -17,8 +17,8 @@ from .formats.meta import PARAMS_FILE
 from .formats.pth import PthLayout
 from .formats.safetensors import SafetensorsLayout
 from .formats.storage import Assembly, Part
-from .tokenizer.bpe import llama3_chat_template
-from .tokenizer.files import hf_tokenizer, meta_tokenizer
+from .tokenizer.files import TOKENIZER_MODEL, hash_of, hf_tokenizer, meta_tokenizer, tokenizer_paths
+from .tokenizer.templates import llama3_chat_template
 from .weights import Row, half_to_interleaved, interleaved_to_half, name_in_file, sizes
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -52,8 +52,11 @@ class Plan:
     @property
     def needed_bytes(self) -> int:
         """What the target takes at most: a tokenizer.json is eight times as long as its tokenizer.model."""
-        times = 10 if self.to == "hf" and self.source.tokenizer_kind in ("tiktoken", "sentencepiece") else 1
-        return self.nbytes + (times * self.source.tokenizer.stat().st_size if self.source.tokenizer else 0)
+        source = self.source
+        times = 10 if self.to == "hf" and source.tokenizer_kind in ("tiktoken", "sentencepiece") else 1
+        carried = tokenizer_paths(source.hf_tokenizer).values() if source.hf_tokenizer else ()
+        small = [times * path.stat().st_size for path in (source.tokenizer, *carried) if path]
+        return self.nbytes + sum(small)
 
     @property
     def num_tensors(self) -> int:
@@ -62,7 +65,7 @@ class Plan:
 
 def plan_hf(source: Checkpoint, model_type: str, max_shard_size: str, cast: Cast | None) -> Plan:
     """Plan a Hugging Face folder of `model_type` "llama", which everything reads, or "llama3" with its code."""
-    dtype = cast.to.name if cast else source.dtype
+    dtype = cast.to.name if cast else source.more_config.get("dtype", source.dtype)
     head = source.head
     tensors = [(name_in_file(row.hf, head), assemble(source, row, "hf", cast)) for row in source.own_rows]
     divided = divide(tensors, lambda tensor: tensor[1].nbytes, parse_size(max_shard_size))
@@ -73,7 +76,7 @@ def plan_hf(source: Checkpoint, model_type: str, max_shard_size: str, cast: Cast
     def make_small_files():
         weight_map = {name: file.name for file in files for name, _ in file.tensors}
         nbytes = sum(assembly.nbytes for _, assembly in tensors)
-        config = portable_config(source.config, dtype, model_type)
+        config = portable_config(source.config, dtype, model_type, source.more_config)
         small = hf_small_files(source, config, weight_map, nbytes, notes)
         return small | (code_files() if model_type == "llama3" else {})
 
@@ -98,8 +101,9 @@ def divide(entries: list, nbytes: Callable[..., int], limit: int) -> dict[str, l
 
 def hf_small_files(source: Checkpoint, config: dict, weight_map: dict[str, str], nbytes: int, notes: list[str]):
     """Return what lies beside the weights, by name; `weight_map` names each tensor's file, `nbytes` all have."""
-    generation = generation_config(source.config, source.generation_config)
-    small = {"config.json": to_json(config), "generation_config.json": to_json(generation)}
+    small = {"config.json": to_json(config)}
+    if source.generation_config is not None:
+        small["generation_config.json"] = to_json(source.generation_config)
     if len(set(weight_map.values())) > 1:
         small[INDEX] = to_json({"metadata": {"total_size": nbytes}, "weight_map": weight_map})
     return small | hf_tokenizer(source, notes)
@@ -138,7 +142,11 @@ def plan_meta(source: Checkpoint, mp: int, cast: Cast | None) -> Plan:
     def make_small_files():
         small, special_tokens = meta_tokenizer(source, notes)
         template = None if source.chat_template == llama3_chat_template() else source.chat_template
-        sidecar = make_sidecar(source.config, source.generation_config, source.instruct, special_tokens, template)
+        model = small.get(TOKENIZER_MODEL)
+        sidecar = make_sidecar(
+            *(source.config, source.more_config, source.generation_config, source.instruct, special_tokens, template),
+            model and hash_of(model),
+        )
         return small | {SIDECAR: to_json(sidecar), PARAMS_FILE: to_json(params)}
 
     return Plan(source, "meta", cast, files, make_small_files, notes)

@@ -36,6 +36,10 @@ LLAMA3_SCALING = tuple(llama3_scaling(8.0))[1:]  # its keys, without the type
 PACKED = "hf_llama3"  # `quant_method` in the configuration of a folder that `hf-llama3 pack` made
 LABEL_KEYS = ("id2label", "label2id", "problem_type")  # of a classifier
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Keys that are written anew, from what is read above and from the target.
+WRITTEN_ANEW = ("architectures", "model_type", "auto_map", "quantization_config", "torch_dtype")
+WRITTEN_ANEW += (*GEOMETRY, *PASSED_ON, *TOKEN_IDS, "tie_word_embeddings")
+WRITTEN_ANEW += ("rope_parameters", "rope_theta", "rope_scaling")
 
 
 def read_config(path: Path) -> dict:
@@ -95,6 +99,14 @@ def check_labels(config: dict, path: Path):
         raise UserError(f"`id2label` in {path} must map numbers to labels, got {quoted(labels)}")
 
 
+def read_more_config(path: Path) -> dict:
+    """Return what else a config.json holds: its type under `dtype`, and every key that no conversion looks at."""
+    raw = read_json(path)
+    dtype = raw.get("dtype") or raw.get("torch_dtype")
+    more = {key: value for key, value in raw.items() if key not in WRITTEN_ANEW and key != "dtype"}
+    return more | ({"dtype": dtype} if isinstance(dtype, str) else {})
+
+
 def is_packed(raw: dict) -> bool:
     """Tell whether a config.json is that of a folder which `hf-llama3 pack` made."""
     quantization = raw.get("quantization_config")
@@ -126,8 +138,10 @@ def read_rope(raw: dict, path: Path) -> dict:
     return {"rope_theta": float(theta), "rope_type": rope_type} | rope
 
 
-def portable_config(config: dict, dtype: str, written_as: str) -> dict:
+def portable_config(config: dict, dtype: str, written_as: str, more: dict | None = None) -> dict:
     """Spell a configuration so that transformers 4 and 5 and the engines that read config.json agree on it.
+
+    `more` is what `read_more_config` read, of which `dtype` is not looked at.
 
     Version 4 knows `rope_theta`, `rope_scaling` and `torch_dtype` only, and without them takes a theta of 10000 in
     silence; version 5 reads both spellings.
@@ -146,13 +160,12 @@ def portable_config(config: dict, dtype: str, written_as: str) -> dict:
         "rope_scaling": None if rope["rope_type"] == "default" else scaling,
         "dtype": dtype,
         "torch_dtype": dtype,
+        **{key: value for key, value in (more or {}).items() if key != "dtype"},
     }
 
 
-def generation_config(config: dict, given: dict | None) -> dict:
-    """Return generation_config.json: the one that came with the model, else the values published with every Llama 3."""
-    if given is not None:
-        return given
+def published_generation(config: dict) -> dict:
+    """Return the generation_config.json that was published with every Llama 3."""
     ids = {key: config[key] for key in TOKEN_IDS if config[key] is not None}
     return ids | {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
 
@@ -166,4 +179,5 @@ def make_portable(folder: Path, generation: dict | None = None):
     path = folder / "config.json"
     dtype = read_json(path).get("dtype") or "float32"
     path.write_bytes(to_json(portable_config(read_config(path), dtype, "llama")))
-    (folder / "generation_config.json").write_bytes(to_json(generation_config(read_config(path), generation)))
+    generation = published_generation(read_config(path)) if generation is None else generation
+    (folder / "generation_config.json").write_bytes(to_json(generation))

@@ -6,9 +6,10 @@ from hf_llama3.errors import UserError, quoted, shown
 from hf_llama3.files.json import read_json
 
 from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, same_tensors
-from ..config.hf import head_of, read_config
+from ..config.hf import head_of, read_config, read_more_config
 from ..config.params import infer_version
-from ..tokenizer.bpe import find_hf_tokenizer, read_chat_template, special_tokens
+from ..tokenizer.bpe import find_hf_tokenizer, special_tokens
+from ..tokenizer.templates import DEFAULT, read_chat_templates
 from ..weights import BIAS_KEYS, EMBEDDING, LANGUAGE_MODEL, OUTPUT, name_in_file, rows
 from .names import is_rope_table, settle
 from .safetensors import read_safetensors
@@ -28,12 +29,14 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
     tokenizer, kind, family = find_hf_tokenizer(folder)
     version, why = infer_version(config, family, llama_version, folder)
     inferred.append(f"Llama {version}: {why}")
-    chat_template = read_chat_template(folder)
+    templates = read_chat_templates(folder)
     if instruct is None:
-        instruct = chat_template is not None
+        instruct = bool(templates)
         inferred.append("instruct: there is a chat template" if instruct else "base: there is no chat template")
     if tokenizer is None:
         inferred.append("no tokenizer: the folder has no tokenizer.json")
+    if len(templates) > 1:
+        inferred.append(f"chat templates: {', '.join(sorted(templates))}")
 
     biases, head = [key for key in BIAS_KEYS if config[key]], head_of(config)
     table = rows(config["num_hidden_layers"], 1 if version == "2" else 0, biases, head)
@@ -56,11 +59,13 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
     return Checkpoint(
         *(folder, "hf", config, table, shards, tokenizer, kind, version, instruct),
         special_tokens=special_tokens(version) if kind == "tiktoken" else None,
-        chat_template=chat_template,
+        chat_template=templates.get(DEFAULT),
         generation_config=read_json(generation) if generation.exists() else None,
         inferred=inferred,
         order=order,
         loads_as_is=names_as_is and divides,
+        more_config=read_more_config(folder / "config.json"),
+        hf_tokenizer=folder if tokenizer is not None else None,
     )
 
 

@@ -10,9 +10,18 @@ from pathlib import Path
 from hf_llama3.errors import UserError, quoted
 
 from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, same_tensors
+from ..config.hf import TOKEN_IDS, published_generation
 from ..config.params import infer_version, params_to_config, read_params
 from ..config.sidecar import SIDECAR, read_sidecar
-from ..tokenizer.bpe import read_ranks, special_tokens, token_ids, token_ids_without_tokenizer, tokenizer_kind
+from ..tokenizer.bpe import (
+    find_hf_tokenizer,
+    read_ranks,
+    special_tokens,
+    token_ids,
+    token_ids_without_tokenizer,
+    tokenizer_kind,
+)
+from ..tokenizer.files import CARRIED, TOKENIZER_MODEL, find_carried, hash_of
 from ..weights import EMBEDDING, OUTPUT, Row, rows
 from .names import settle
 from .pth import read_pth
@@ -20,7 +29,6 @@ from .safetensors import read_safetensors
 from .storage import StoredTensor
 
 PARAMS_FILE = "params.json"
-TOKENIZER_FILE = "tokenizer.model"
 SHARD_GLOBS = ("*.pth", "consolidated*.safetensors", "consolidated.*/")
 SHARD_NAME = re.compile(r"consolidated(?:\.(\d+))?(?:\.pth|\.safetensors)?")  # a shard, or its folder of parts
 
@@ -29,7 +37,8 @@ def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None
     """Open a directory of Meta's; None means to infer."""
     params_path = folder / PARAMS_FILE
     params, sidecar = read_params(params_path), read_sidecar(folder)
-    if sidecar and instruct not in (None, sidecar["instruct"]):
+    other_dialogue = bool(sidecar) and instruct not in (None, sidecar["instruct"])
+    if other_dialogue:
         sidecar = forget_dialogue(sidecar)
     named, order, said = settle(read_shards(folder), folder)
     check_layers(params["n_layers"], len(named), folder)
@@ -44,9 +53,17 @@ def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None
         context = config["max_position_embeddings"]
         inferred.append(f"context of {context} tokens: that of the released models with this RoPE")
 
-    tokenizer = folder / TOKENIZER_FILE
-    tokenizer, kind = (tokenizer, tokenizer_kind(tokenizer)) if tokenizer.exists() else (None, None)
-    family = {"tiktoken": "3", "sentencepiece": "2", None: None}[kind]
+    tokenizer, carried = folder / TOKENIZER_MODEL, find_carried(folder, sidecar.get("tokenizer_model"), inferred)
+    if tokenizer.exists():
+        kind = tokenizer_kind(tokenizer)
+        family = {"tiktoken": "3", "sentencepiece": "2"}[kind]
+        if "tokenizer_model" in sidecar and sidecar["tokenizer_model"] != hash_of(tokenizer):
+            sidecar = forget_token_ids(sidecar)
+    else:
+        tokenizer, kind, family = find_hf_tokenizer(carried) if carried else (None, None, None)
+    if carried and other_dialogue and kind == "tiktoken":
+        carried = None
+        inferred.append(f"tokenizer: made anew, since {CARRIED}/ is {'a base' if instruct else 'an instruct'} model's")
     version, why = infer_version(config, family, llama_version, folder)
     inferred.append(f"Llama {version}: {why}")
 
@@ -73,16 +90,20 @@ def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None
     else:
         config |= token_ids_without_tokenizer(version, vocab_size, instruct)
         if kind is None:
-            inferred.append(f"no tokenizer: the folder has no {TOKENIZER_FILE}")
+            inferred.append(f"no tokenizer: the folder has no {TOKENIZER_MODEL}")
+    config |= sidecar.get("config", {})
+    generation = sidecar["generation_config"] if "generation_config" in sidecar else published_generation(config)
     return Checkpoint(
-        *(folder, "meta", config | sidecar.get("config", {}), table, shards, tokenizer, kind, version, instruct),
+        *(folder, "meta", config, table, shards, tokenizer, kind, version, instruct),
         special_tokens=names,
         chat_template=sidecar.get("chat_template"),
-        generation_config=sidecar.get("generation_config"),
+        generation_config=generation,
         inferred=inferred,
         copies=copies,
         order=order,
         loads_as_is=False,
+        more_config=sidecar.get("more_config", {}),
+        hf_tokenizer=carried,
     )
 
 
@@ -207,5 +228,10 @@ def first_special_id(tokenizer: Path, names: list[str], vocab_size: int, inferre
 
 def forget_dialogue(sidecar: dict) -> dict:
     """Leave out of the sidecar what follows from whether a model was tuned for dialogue."""
-    config = {key: value for key, value in sidecar["config"].items() if not key.endswith("_token_id")}
-    return sidecar | {"config": config, "chat_template": None, "generation_config": None}
+    return forget_token_ids(sidecar) | {"chat_template": None}
+
+
+def forget_token_ids(sidecar: dict) -> dict:
+    """Leave out of the sidecar the ids of another tokenizer, the settings of generation among them."""
+    config = {key: value for key, value in sidecar["config"].items() if key not in TOKEN_IDS}
+    return {key: value for key, value in sidecar.items() if key != "generation_config"} | {"config": config}

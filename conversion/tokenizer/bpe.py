@@ -16,6 +16,8 @@ from hf_llama3.files.json import read_json
 from hf_llama3.files.reading import require_file, what_became_of
 from hf_llama3.presets import VOCAB_SIZE
 
+from .templates import llama3_chat_template
+
 # llama-models 0.3.0, models/llama3/tokenizer.py, `pat_str`
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -87,20 +89,10 @@ def find_hf_tokenizer(folder: Path) -> tuple[Path | None, str | None, str | None
         # The one sign of a converted sentencepiece model that needs no parsing of 17 MB.
         family = "2" if re.search(rb'"byte_fallback":\s*true', fast.read_bytes()) else None
         return fast, "tokenizer.json", family
-    return (model, kind, "3") if kind else (None, None, None)
-
-
-def read_chat_template(folder: Path) -> str | None:
-    """Find the chat template where version 5 keeps it, or where version 4 does."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read as UTF-8 text; write it again") from error
-    config = folder / "tokenizer_config.json"
-    template = read_json(config).get("chat_template") if config.is_file() else None
-    return template if isinstance(template, str) else None
+    if kind:
+        return model, kind, "3"
+    slow = folder / "vocab.json"  # with merges.txt, as GPT-2's kind was kept before tokenizer.json
+    return (slow, slow.name, None) if slow.is_file() else (None, None, None)
 
 
 def tokenizer_kind(path: Path) -> str:
@@ -215,11 +207,6 @@ def read_tokenizer_json(content: bytes, path: Path):
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def llama3_chat_template() -> str:
-    """Return the Jinja template that makes, token by token, what Meta's `ChatFormat` makes of a dialogue."""
-    return (Path(__file__).parent / "llama3.jinja").read_text("utf-8")
 
 
 def meta_tokenizer_file(tokenizer_json: Path) -> tuple[bytes, list[str]]:

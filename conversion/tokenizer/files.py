@@ -1,5 +1,10 @@
-"""The files of a checkpoint's tokenizer in the format of the target; what cannot be made of it is noted."""
+"""The files of a checkpoint's tokenizer in the format of the target.
 
+Meta's tokenizer.model holds tokens and their ranks, and nothing of chat templates, padding or flags; many a tokenizer
+it cannot hold at all. So a Hugging Face folder's own files travel beside it, in a folder of their own, and come back.
+"""
+
+import hashlib
 from pathlib import Path
 
 from hf_llama3.errors import UserError
@@ -7,8 +12,11 @@ from hf_llama3.files.json import read_json, to_json
 
 from ..checkpoint import Checkpoint
 from .bpe import NUM_SPECIAL_TOKENS, all_merges, hf_tokenizer_files, meta_tokenizer_file, read_ranks
+from .templates import TEMPLATE_FOLDER
 
 TOKENIZER_MODEL = "tokenizer.model"
+CARRIED = "huggingface"  # the folder in a directory of Meta's
+TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # the one name that versions 4 and 5 and all engines know
 # Names that stand for it in version 5 only.
 NEW_CLASSES = ("TokenizersBackend",)
@@ -16,8 +24,10 @@ NEW_CLASSES = ("TokenizersBackend",)
 
 def hf_tokenizer(source: Checkpoint, notes: list[str]) -> dict[str, bytes]:
     """Make the files for a Hugging Face folder."""
-    if source.format == "hf":
-        files = copy_files(source.path)
+    if source.hf_tokenizer is not None:
+        # Version 4 has to find a class that it knows; of another tokenizer than Llama's nothing is touched on its way.
+        is_foreign = source.format == "meta" and source.tokenizer_kind not in ("tiktoken", "sentencepiece")
+        files = copy_files(source.hf_tokenizer, portable=not is_foreign)
     elif source.tokenizer_kind == "tiktoken":
         tokens = read_ranks(source.tokenizer)
         made = hf_tokenizer_files(tokens, source.special_tokens, source.config, source.instruct, source.chat_template)
@@ -31,31 +41,70 @@ def hf_tokenizer(source: Checkpoint, notes: list[str]) -> dict[str, bytes]:
     return files
 
 
-def copy_files(folder: Path) -> dict[str, bytes]:
-    """Take the tokenizer files as they are, save that version 4 has to find a class that it knows."""
-    names = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
-    found = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name.split(".")[0].startswith(names)]
-    files = {path.name: path.read_bytes() for path in found}
-    templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    files |= {f"additional_chat_templates/{path.name}": path.read_bytes() for path in templates}
-    if "tokenizer_config.json" in files:
+def tokenizer_paths(folder: Path) -> dict[str, Path]:
+    """List the files of a Hugging Face folder's tokenizer by their names in it."""
+    paths = [path for path in folder.iterdir() if path.name.split(".")[0].startswith(TOKENIZER_FILES)]
+    paths += (folder / TEMPLATE_FOLDER).glob("*.jinja")
+    return {path.relative_to(folder).as_posix(): path for path in sorted(paths) if path.is_file()}
+
+
+def copy_files(folder: Path, portable: bool = True) -> dict[str, bytes]:
+    """Take the tokenizer files as they are; `portable` names a class that version 4 knows."""
+    try:
+        files = {name: path.read_bytes() for name, path in tokenizer_paths(folder).items()}
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    if portable and "tokenizer_config.json" in files:
         config = read_json(folder / "tokenizer_config.json")
         if config.get("tokenizer_class") in NEW_CLASSES:
             files["tokenizer_config.json"] = to_json(config | {"tokenizer_class": PORTABLE_CLASS})
     return files
 
 
+def find_carried(folder: Path, made_with: str | None, inferred: list[str]) -> Path | None:
+    """Find the Hugging Face files that lie beside Meta's in a directory of theirs, if they still belong to it.
+
+    Args:
+        made_with: hash of the tokenizer.model that was written with them.
+    """
+    carried, model = folder / CARRIED, folder / TOKENIZER_MODEL
+    if not carried.is_dir() or not tokenizer_paths(carried):
+        return None
+    if model.is_file() and hash_of(model) != made_with:
+        inferred.append(f"tokenizer: {TOKENIZER_MODEL}, since it is not the one that came with {CARRIED}/")
+        return None
+    inferred.append(f"tokenizer: its Hugging Face files lie in {CARRIED}/")
+    return carried
+
+
+def hash_of(model: Path | bytes) -> str:
+    """Return the hash by which a tokenizer.model is known again."""
+    return hashlib.sha256(model.read_bytes() if isinstance(model, Path) else model).hexdigest()
+
+
 def meta_tokenizer(source: Checkpoint, notes: list[str]) -> tuple[dict[str, bytes], list[str] | None]:
-    """Make tokenizer.model for a directory of Meta's and list the special tokens."""
+    """Make the files for a directory of Meta's and list the special tokens."""
     if source.tokenizer is None:
         notes.append("no tokenizer was written: the source has none")
         return {}, None
+    carried = copy_files(source.hf_tokenizer, portable=False) if source.hf_tokenizer else {}
+    model, names = meta_tokenizer_model(source, notes)
+    if carried:
+        notes.append(
+            f"{TOKENIZER_MODEL} has no place for chat templates, padding and the flags of tokens: {CARRIED}/ keeps "
+            f"{', '.join(sorted(carried))}, and a conversion back gives them back"
+        )
+    return model | {f"{CARRIED}/{name}": content for name, content in carried.items()}, names
+
+
+def meta_tokenizer_model(source: Checkpoint, notes: list[str]) -> tuple[dict[str, bytes], list[str] | None]:
+    """Make tokenizer.model, where Meta's format can say the tokenizer, and list the special tokens."""
     if source.tokenizer.name == TOKENIZER_MODEL:
         return {TOKENIZER_MODEL: source.tokenizer.read_bytes()}, source.special_tokens
     try:
         content, names = meta_tokenizer_file(source.tokenizer)
     except UserError as error:
-        notes.append(f"no {TOKENIZER_MODEL} was written: {error}")
+        notes.append(f"no {TOKENIZER_MODEL} was written, so Meta's own code has no tokenizer: {error}")
         return {}, None
     total = content.count(b"\n") + len(names)
     if len(names) != NUM_SPECIAL_TOKENS or total != source.config["vocab_size"]:

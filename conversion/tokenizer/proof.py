@@ -6,7 +6,7 @@ from hf_llama3.errors import UserError
 
 from ..checkpoint import Checkpoint
 from .bpe import build_tokenizer, read_ranks, read_tokenizer_json, special_name
-from .files import build_sentencepiece, read_sentencepiece
+from .files import build_sentencepiece, copy_files, read_sentencepiece
 
 
 def compare_tokenizers(source: Checkpoint, target: Checkpoint) -> str:
@@ -14,7 +14,7 @@ def compare_tokenizers(source: Checkpoint, target: Checkpoint) -> str:
     if source.tokenizer is None or target.tokenizer is None:
         held = [name for name, checkpoint in (("source", source), ("target", target)) if checkpoint.tokenizer]
         return f"only in {held[0]}" if held else "absent"
-    if describe(source) == describe(target):
+    if describe(source) == describe(target) or (source.format != target.format and same_files(source, target)):
         return "equal"
     try:
         ours, theirs = load_tokenizer(source), load_tokenizer(target)
@@ -22,6 +22,13 @@ def compare_tokenizers(source: Checkpoint, target: Checkpoint) -> str:
         return f"not compared: {error}"
     # Meta's code is told with each text whether a token begins it; that stands in Hugging Face's file only.
     return "equal" if split_alike(ours, theirs, source.format == target.format) else "differs"
+
+
+def same_files(source: Checkpoint, target: Checkpoint) -> bool:
+    """Tell whether a tokenizer's Hugging Face files are the same on both sides, wherever they lie."""
+    if source.hf_tokenizer is None or target.hf_tokenizer is None:
+        return False
+    return copy_files(source.hf_tokenizer) == copy_files(target.hf_tokenizer)
 
 
 def describe(checkpoint: Checkpoint) -> tuple:

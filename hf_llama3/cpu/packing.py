@@ -175,7 +175,7 @@ def lay_out(described: dict[str, torch.Tensor], memory: torch.Tensor) -> dict[st
 
 def small_files(checkpoint: Checkpoint, quantize: str | None, files: list[WeightsFile], notes: list[str]):
     """Return the other files, by name; the type is ours, so that where we are unknown loading ends with an error."""
-    config = portable_config(checkpoint.config, checkpoint.dtype, "llama3")
+    config = portable_config(checkpoint.config, checkpoint.dtype, "llama3", checkpoint.more_config)
     del config["auto_map"]  # the code that it names knows plain weights
     config["quantization_config"] = {"quant_method": PACKED, "weights": quantize or PLAIN, "format": FORMAT}
     weight_map = {name: file.name for file in files for name in file.offsets}

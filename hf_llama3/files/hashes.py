@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from hf_llama3.errors import UserError
 
@@ -31,7 +31,8 @@ def read_sums(path: Path) -> dict[str, str]:
         value, _, name = line.strip().partition(" ")
         name = name.strip().removeprefix("*")
         is_hash = len(value) in HEX_DIGITS and set(value.lower()) <= set("0123456789abcdef")
-        if not is_hash or Path(name).name != name:
+        place = PurePosixPath(name)
+        if not is_hash or place.is_absolute() or ".." in place.parts or "\\" in name or not place.name:
             remedy = what_became_of(path) or "; download it again, or remove it to go without"
             raise UserError(f"{path} must hold a hash and a file name on each line, got {line[:80]!r}{remedy}")
         sums[name] = value.lower()

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_llama3.conversion.formats.meta import TOKENIZER_FILE
 from hf_llama3.conversion.tokenizer.bpe import (
     NUM_SPECIAL_TOKENS,
     PATTERN,
@@ -17,7 +16,7 @@ from hf_llama3.conversion.tokenizer.bpe import (
     token_ids,
     tokenizer_kind,
 )
-from hf_llama3.conversion.tokenizer.files import PORTABLE_CLASS, copy_files
+from hf_llama3.conversion.tokenizer.files import PORTABLE_CLASS, TOKENIZER_MODEL, copy_files
 from hf_llama3.errors import UserError
 from hf_llama3.files.json import read_json, to_json
 
@@ -137,7 +136,7 @@ def tiktoken_tokenizer(tokens: list[bytes], context: int) -> TextTokenizer:
     vocabulary = {"vocab_size": len(tokens) + len(names)} | token_ids(names, len(tokens), instruct=False)
     files = hf_tokenizer_files(tokens, names, vocabulary | {"max_position_embeddings": context}, instruct=False)
     encoded = {name: content.encode() for name, content in files.items()}
-    return TextTokenizer(encoded | {TOKENIZER_FILE: tiktoken_file(tokens)}, vocabulary)
+    return TextTokenizer(encoded | {TOKENIZER_MODEL: tiktoken_file(tokens)}, vocabulary)
 
 
 def read_tokenizer(folder: Path, context: int) -> TextTokenizer:
@@ -146,7 +145,7 @@ def read_tokenizer(folder: Path, context: int) -> TextTokenizer:
     Raises:
         UserError: it holds none that can be taken.
     """
-    model = folder / TOKENIZER_FILE
+    model = folder / TOKENIZER_MODEL
     if not (folder / "tokenizer.json").is_file():
         if not model.is_file() or tokenizer_kind(model) != "tiktoken":
             raise UserError(f"{folder} must hold tokenizer.json, or Llama 3's tokenizer.model; name another folder")

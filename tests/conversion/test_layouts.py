@@ -328,13 +328,17 @@ def test_saying_instruct_after_base(tmp_path):
 
 
 def test_tokens_that_the_configuration_does_not_name(tmp_path):
+    """The tokenizer's own files decide what begins a text; where they are lost, the configuration does."""
     write_meta(tmp_path / "meta", params(vocab=SMALL_VOCAB), tokenizer=small_tokenizer(tmp_path))
     convert(tmp_path / "meta", tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"bos_token_id": None}))
     convert(tmp_path / "hf", tmp_path / "back")
     convert(tmp_path / "back", tmp_path / "again")
-    assert AutoTokenizer.from_pretrained(tmp_path / "again")("abcd!")["input_ids"] == [259, 33]
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")("abcd!")["input_ids"] == [260, 259, 33]
+    shutil.rmtree(tmp_path / "back" / "huggingface")
+    convert(tmp_path / "back", tmp_path / "anew")
+    assert AutoTokenizer.from_pretrained(tmp_path / "anew")("abcd!")["input_ids"] == [259, 33]
 
 
 def test_hugging_face_folder_with_metas_tokenizer_only(tmp_path):

@@ -260,7 +260,7 @@ def test_bad_config(changes, message, tmp_path):
 
 def test_sidecar_keeps_what_params_cannot_say(tmp_path):
     config = complete(max_position_embeddings=1234, eos_token_id=[1, 2])
-    made = make_sidecar(config, {"do_sample": True}, True, ["<|a|>"], "template")
+    made = make_sidecar(config, {"pretraining_tp": 1}, {"do_sample": True}, True, ["<|a|>"], "template", "hash")
     (tmp_path / SIDECAR).write_text(json.dumps(made))
     read = read_sidecar(tmp_path)
     assert read == json.loads(json.dumps(made))
@@ -274,10 +274,11 @@ def test_sidecar_keeps_what_params_cannot_say(tmp_path):
         ({"instruct": "yes"}, "`instruct` .* must be bool, got 'yes'"),
         ({"config": {"hidden_size": 1}}, r"holds \['hidden_size'\], which params.json decides"),
         ({"special_tokens": [1]}, "`special_tokens` .* must be names"),
+        ({"more_config": {"rope_theta": 1.0}}, r"`more_config` .* holds \['rope_theta'\], which stand elsewhere"),
     ],
 )
 def test_bad_sidecar(change, message, tmp_path):
-    made = make_sidecar(complete(), None, False, None, None)
+    made = make_sidecar(complete(), {}, None, False, None, None, None)
     (tmp_path / SIDECAR).write_text(json.dumps(made | change))
     with pytest.raises(UserError, match=message):
         read_sidecar(tmp_path)

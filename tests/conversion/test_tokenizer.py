@@ -14,6 +14,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unic
 
 from hf_llama3.conversion.tokenizer import bpe as ours
 from hf_llama3.conversion.tokenizer.proof import hard_texts
+from hf_llama3.conversion.tokenizer.templates import llama3_chat_template
 from hf_llama3.errors import UserError
 
 CONFIG = {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "pad_token_id": 128004}
@@ -136,7 +137,7 @@ def test_chat_template_takes_content_in_parts(folder):
 
 def test_template_stands_where_both_versions_look(folder):
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    assert config["chat_template"] == (folder / "chat_template.jinja").read_text() == ours.llama3_chat_template()
+    assert config["chat_template"] == (folder / "chat_template.jinja").read_text() == llama3_chat_template()
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
