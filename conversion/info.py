@@ -40,6 +40,7 @@ class CheckpointInfo:
     dtype: str
     dtypes: list[str]
     tied: bool
+    loads_as_is: bool  # whether transformers' `from_pretrained` takes the folder as it stands
     head: str  # what the class's name ends with, such as "ForCausalLM"
     tokenizer: str | None
     config: dict
@@ -75,6 +76,7 @@ def describe(checkpoint: Checkpoint) -> CheckpointInfo:
         dtype=checkpoint.dtype,
         dtypes=sorted({tensor.dtype.name for tensor in stored}),
         tied=checkpoint.tied,
+        loads_as_is=checkpoint.loads_as_is,
         head=checkpoint.head,
         tokenizer=checkpoint.tokenizer_kind,
         config=checkpoint.config,

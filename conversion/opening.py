@@ -9,6 +9,7 @@ from hf_llama3.files.atomic import SIGNS, is_unfinished
 from .checkpoint import Checkpoint
 from .formats.hf import open_hf
 from .formats.meta import PARAMS_FILE, SHARD_GLOBS, open_meta
+from .formats.torch_files import is_weights
 from .hub import fetch
 from .tokenizer.bpe import VERSIONS
 
@@ -75,9 +76,16 @@ def locate(path: Path) -> Path:
         raise UserError(
             f"{path} holds {shards[0].name} but no {PARAMS_FILE}; pass the folder that Meta's download made"
         )
+    if weights := [found for found in sorted(path.iterdir()) if is_weights(found) or found.suffix == ".safetensors"]:
+        raise UserError(f"{path} holds {shown(weights[0].name)} but no configuration; {configure(path)}")
     entries = sorted(path.iterdir())
     found = ", ".join(shown(entry.name, 60) for entry in entries[:4]) or "nothing"
     within = [entry for entry in entries if any(os.access(entry / sign, os.R_OK) for sign in SIGNS)]
     remedy = f"; pass {within[0]}" if within else ""
     formats = f"a Hugging Face folder (config.json) nor one of Meta's ({PARAMS_FILE})"
     raise UserError(f"{path} is neither {formats}; it holds {found}{remedy}")
+
+
+def configure(folder: Path) -> str:
+    """Say how weights get the configuration that they came without."""
+    return f"put that of the model they were trained from beside them: cp MODEL/config.json MODEL/tokenizer* {folder}/"

@@ -55,6 +55,7 @@ def check_repository(folder: Path, info: CheckpointInfo, chosen: list[str], prog
     if (folder / CHECKSUMS).exists():
         remedy = f"make the folder again, or remove {CHECKSUMS} if you changed the file"
         check_sums(folder / CHECKSUMS, progress, remedy)
+    check_form(folder, info)
     check_code(folder)
     check_loads(folder)
     for name in chosen:
@@ -63,6 +64,23 @@ def check_repository(folder: Path, info: CheckpointInfo, chosen: list[str], prog
         check_place(folder, folder / name)
         if not any(fnmatch(name, pattern) for pattern in (*VOCABULARY, *PICTURES)):
             check_secrets(folder / name)
+
+
+def check_form(folder: Path, info: CheckpointInfo):
+    """Raise unless others read the folder as this package does: names, kind of file, configuration."""
+    config = read_json(folder / "config.json")
+    made = f"hf-llama3 convert {folder} {folder}-whole --to hf"
+    if config.get("tie_word_embeddings") and not info.tied and info.head == "ForCausalLM":
+        raise UserError(
+            f"`tie_word_embeddings` in {folder / 'config.json'} is true, but there is a head that differs from the "
+            f"embedding, which older readers would lose; push what {made} makes, where it is false"
+        )
+    if not info.loads_as_is:
+        heads = info.config["hidden_size"] % info.config["num_attention_heads"]
+        if heads and config.get("model_type") == "llama3":
+            return
+        made += " --as llama3" if heads else ""
+        raise UserError(f"{folder} is not in the form that from_pretrained reads; push what {made} makes of it")
 
 
 def check_code(folder: Path):

@@ -218,7 +218,8 @@ def test_adapter(tmp_path):
 
 def test_pickled_weights(hf, tmp_path):
     (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
-    assert "holds its weights as .bin" in refused_without_a_trace(tmp_path, "convert", hf, tmp_path / "out")
+    sentence = refused_without_a_trace(tmp_path, "convert", hf, tmp_path / "out")
+    assert "pytorch_model.bin is not a readable PyTorch checkpoint" in sentence
 
 
 def test_configuration_without_weights(hf, tmp_path):

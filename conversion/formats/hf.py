@@ -1,5 +1,6 @@
 """A Hugging Face folder, opened with its index and every header checked."""
 
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from hf_llama3.errors import UserError, quoted, shown
@@ -12,11 +13,14 @@ from ..tokenizer.bpe import find_hf_tokenizer, special_tokens
 from ..tokenizer.templates import DEFAULT, read_chat_templates
 from ..weights import BIAS_KEYS, EMBEDDING, LANGUAGE_MODEL, OUTPUT, name_in_file, rows
 from .names import is_rope_table, settle
+from .pth import read_parts, read_pth
 from .safetensors import read_safetensors
 from .storage import StoredTensor
+from .torch_files import BIN, BIN_INDEX, find_torch_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SUFFIX = ".safetensors"
 
 
 def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> Checkpoint:
@@ -63,52 +67,50 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
         generation_config=read_json(generation) if generation.exists() else None,
         inferred=inferred,
         order=order,
-        loads_as_is=names_as_is and divides,
         more_config=read_more_config(folder / "config.json"),
         hf_tokenizer=folder if tokenizer is not None else None,
+        loads_as_is=names_as_is and divides and all(tensor.file.path.suffix == SUFFIX for tensor in tensors.values()),
     )
 
 
 def find_weights(folder: Path) -> dict[str, StoredTensor]:
-    """List the tensors of a Hugging Face folder by name.
+    """List the tensors of a Hugging Face folder by name: its safetensors, or else what torch.save left in it.
 
     Raises:
-        UserError: there are none, they are in another format, or index and files disagree.
+        UserError: there are none, or index and files disagree.
     """
-    if (folder / INDEX).exists() and (folder / SINGLE).exists():
-        raise UserError(f"{folder} holds both {SINGLE} and {INDEX}; remove the one that is not meant")
-    if (folder / INDEX).exists():
-        return read_sharded(folder)
-    if (folder / SINGLE).exists():
-        return read_safetensors(folder / SINGLE)
-    if list(folder.glob("*.bin")):
-        raise UserError(
-            f"{folder} holds its weights as .bin, which can run code when it is read; load the model in transformers "
-            "and write it again with save_pretrained, which makes safetensors"
-        )
+    for single, index, read in ((SINGLE, INDEX, read_safetensors), (BIN, BIN_INDEX, read_pth)):
+        if (folder / index).exists() and (folder / single).exists():
+            raise UserError(f"{folder} holds both {single} and {index}; remove the one that is not meant")
+        if (folder / index).exists():
+            return read_sharded(folder, index, read)
+        if (folder / single).exists():
+            return read(folder / single)
+    if paths := find_torch_files(folder):
+        return read_parts(paths)
     raise UserError(f"{folder} has a config.json but no {SINGLE} and no {INDEX}; download the weights")
 
 
-def read_sharded(folder: Path) -> dict[str, StoredTensor]:
-    weight_map = read_json(folder / INDEX).get("weight_map")
+def read_sharded(folder: Path, index: str, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / INDEX} must hold a `weight_map` from tensors to files, got {quoted(weight_map)}")
+        raise UserError(f"{folder / index} must hold a `weight_map` from tensors to files, got {quoted(weight_map)}")
     tensors = {}
     for name in sorted({str(file) for file in weight_map.values()}):
         if {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}:
             raise UserError(
-                f"{folder / INDEX} must name plain files beside it, got {quoted(name)}; do not trust this folder"
+                f"{folder / index} must name plain files beside it, got {quoted(name)}; do not trust this folder"
             )
         if not (folder / name).is_file():
             raise UserError(f"{folder} lacks {shown(name)}, which its index names; download it")
-        found = read_safetensors(folder / name)
+        found = read(folder / name)
         if twice := sorted(found.keys() & tensors.keys()):
             raise UserError(f"{folder / name} holds {quoted(twice[0])}, which another file holds as well")
         tensors |= found
         listed = {key for key, file in weight_map.items() if file == name}
         if differing := sorted(key for key in found.keys() ^ listed if not may_be_absent(key)):
             raise UserError(
-                f"{folder / INDEX} and {name} disagree about {len(differing)} tensors: {quoted(differing[:3])}"
+                f"{folder / index} and {name} disagree about {len(differing)} tensors: {quoted(differing[:3])}"
             )
     return tensors
 

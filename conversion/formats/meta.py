@@ -1,7 +1,8 @@
 """A directory of Meta's: recognised and opened, with any number of model-parallel shards.
 
 What lies in one: `params.json`, a `consolidated.NN.pth` for each shard, `tokenizer.model`, `checklist.chk`. Copies on
-the Hub have shards as folders of parts, or as safetensors; some people rename a single shard.
+the Hub have shards as folders of parts, or as safetensors; some people rename a single shard, and torchtune writes
+`meta_model_0.pt`.
 """
 
 import re
@@ -24,9 +25,10 @@ from ..tokenizer.bpe import (
 from ..tokenizer.files import CARRIED, TOKENIZER_MODEL, find_carried, hash_of
 from ..weights import EMBEDDING, OUTPUT, Row, rows
 from .names import settle
-from .pth import read_pth
+from .pth import read_parts, read_pth
 from .safetensors import read_safetensors
 from .storage import StoredTensor
+from .torch_files import find_torch_files
 
 PARAMS_FILE = "params.json"
 SHARD_GLOBS = ("*.pth", "consolidated*.safetensors", "consolidated.*/")
@@ -114,6 +116,12 @@ def read_shards(folder: Path) -> dict[str, list[StoredTensor]]:
         UserError: there are none, one is missing or damaged, or they hold different tensors.
     """
     paths = find_shards(folder)
+    if not paths:
+        remedy = "if they are shards, name them consolidated.00.pth, consolidated.01.pth, ..."
+        parts = find_torch_files(folder, remedy)
+        if not parts:
+            raise UserError(f"{folder} holds no consolidated.00.pth; pass the folder that Meta's download made")
+        return {name: [tensor] for name, tensor in read_parts(parts).items()}
     shards = [read_shard(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         if differing := sorted(shard.keys() ^ shards[0].keys()):
@@ -124,22 +132,16 @@ def read_shards(folder: Path) -> dict[str, list[StoredTensor]]:
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """List the shards of a Meta directory, files or folders of parts, in their order."""
-    entries = sorted(folder.iterdir())
+    """List the shards of a Meta directory, files or folders of parts, in their order; none if none is named as one."""
     found = {}
-    for path in entries:
+    for path in sorted(folder.iterdir()):
         is_shard = path.is_dir() or (path.is_file() and path.suffix in (".pth", ".safetensors"))
         if is_shard and (match := SHARD_NAME.fullmatch(path.name)):
             index = int(match[1] or 0)
             if index in found:
                 raise UserError(f"{folder} holds shard {index} twice: {found[index].name} and {path.name}; remove one")
             found[index] = path
-    pickled = [path for path in entries if path.suffix == ".pth" and path.is_file()]
-    if not found and len(pickled) == 1:  # a single shard that was renamed
-        return pickled
-    if not found:
-        raise UserError(f"{folder} holds no consolidated.00.pth; pass the folder that Meta's download made")
-    if missing := set(range(max(found) + 1)) - found.keys():
+    if missing := set(range(max(found, default=-1) + 1)) - found.keys():
         count = max(found) + 1
         raise UserError(
             f"{folder} lacks shard {min(missing)} of {count} (consolidated.{min(missing):02d}.pth); download it"

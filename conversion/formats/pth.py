@@ -1,25 +1,24 @@
 """PyTorch's checkpoint file: read as data, laid out to the byte before a tensor is written.
 
 A `.pth` file is a zip of uncompressed members: `NAME/data.pkl`, a pickle that names the tensors, and a `NAME/data/KEY`
-for each storage. Reading gives where each tensor's bytes lie. The pickle is interpreted by a machine that can build
-nothing but descriptions of tensors: a hostile file can neither run code nor make the reader allocate.
+for each storage. Reading gives where each tensor's bytes lie; the pickle is not run, see `unpickle.py`.
 """
 
-import collections
 import io
 import math
 import pickle
-import pickletools
 import struct
 import zipfile
 import zlib
 from pathlib import Path
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted, shown
+from hf_llama3.files.reading import require_file, what_became_of
 
-from .storage import BY_STORAGE, Dtype, SourceFile, StoredTensor
+from .storage import Dtype, SourceFile, StoredTensor
+from .unpickle import MAX_PICKLE_BYTES, Described, TensorUnpickler
+from .unzipped import is_unzipped, read_unzipped
 
-MAX_PICKLE_BYTES = 64 * 2**20  # the 405B's is 0.3 MB a shard
 ALIGNMENT = 64  # bytes, torch's own
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 CENTRAL_HEADER = struct.Struct("<4s6H3L5H2L")
@@ -29,36 +28,94 @@ NEW_YEAR_1980 = 0x21  # a zip's earliest date: the same tensors give the same fi
 
 
 def read_pth(path: Path) -> dict[str, StoredTensor]:
-    """List the tensors of a `.pth` file by name.
+    """List the tensors of a file of `torch.save` by name.
 
     Raises:
         UserError: the file is damaged, holds anything but tensors, or a tensor reaches beyond its storage.
     """
-    file = SourceFile(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickled, storages, byte_order = read_members(archive, path)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a damaged zip makes its reader stumble over
-        raise UserError(f"{path} is not a readable PyTorch checkpoint ({error}); download it again") from error
-    if byte_order not in (None, b"little"):
-        raise UserError(f"{path} must be little-endian, got byte order {byte_order!r}; save it again on this machine")
-
-    tensors = {}
-    for name, (dtype, key, first, shape, strides) in TensorUnpickler(path, pickled).load_tensors().items():
-        if key not in storages:
-            raise UserError(f"{path} names the storage {key!r} of {name} but does not hold it; download it again")
-        start, size = storages[key]
-        reach = first + sum((length - 1) * step for length, step in zip(shape, strides, strict=True)) + 1
-        needed = max(reach, math.prod(shape)) * dtype.itemsize  # the product, too: a stride of 0 reaches nowhere
-        if min(first, *shape, *strides, 0) < 0 or needed > size:
-            raise UserError(f"{name} {list(shape)} in {path} must fit its storage of {size} bytes, needs {needed}")
-        tensors[name] = StoredTensor(file, dtype, shape, start + first * dtype.itemsize, strides)
+    require_file(path)
+    unpickler, storages = read_unzipped(path) if is_unzipped(path) else read_zip(path)
+    file, tensors = SourceFile(path), {}
+    for name, tensor in unpickler.load_tensors().items():
+        tensors[name] = place(tensor, storages, file, name)
     return tensors
 
 
-def read_members(archive: zipfile.ZipFile, path: Path):
+def read_parts(paths: list[Path]) -> dict[str, StoredTensor]:
+    """List the tensors of several files, each of which holds some of a model's.
+
+    Raises:
+        UserError: two hold the same one.
+    """
+    tensors = {}
+    for path in paths:
+        found = read_pth(path)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise UserError(f"{path} holds {quoted(twice[0])}, which another part holds as well")
+        tensors |= found
+    return tensors
+
+
+def read_zip(path: Path, start: int = 0, length: int | None = None):
+    """Return the unpickler of a zip of torch's, which may lie in a larger file, and where each storage lies."""
+    try:
+        with open(path, "rb") as file:
+            length = path.stat().st_size if length is None else length
+            with zipfile.ZipFile(Window(file, start, length)) as archive:
+                pickled, storages, byte_order = read_members(archive, path, length)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged zip makes its reader stumble over
+        reason = what_became_of(path) or f" ({error}); download it again"
+        raise UserError(f"{path} is not a readable PyTorch checkpoint{reason}") from error
+    if byte_order not in (None, b"little"):
+        raise UserError(f"{path} must be little-endian, got byte order {byte_order!r}; save it again on this machine")
+    return TensorUnpickler(path, pickled), {key: (start + at, size) for key, (at, size) in storages.items()}
+
+
+def place(tensor: Described, storages: dict[str, tuple[int, int]], file: SourceFile, name: str) -> StoredTensor:
+    """Say where a tensor lies, having checked that it lies within its storage."""
+    dtype, key, first, shape, strides = tensor
+    path, name = file.path, shown(name)
+    if key not in storages:
+        raise UserError(f"{path} names the storage {quoted(key)} of {name} but does not hold it; download it again")
+    start, size = storages[key]
+    reach = first + sum((length - 1) * step for length, step in zip(shape, strides, strict=True)) + 1
+    needed = max(reach, math.prod(shape)) * dtype.itemsize  # the product, too: a stride of 0 reaches nowhere
+    if min(first, *shape, *strides, 0) < 0 or needed > size:
+        raise UserError(f"{name} {list(shape)} in {path} must fit its storage of {size} bytes, needs {needed}")
+    return StoredTensor(file, dtype, shape, start + first * dtype.itemsize, strides)
+
+
+class Window(io.RawIOBase):
+    """A part of a file, as a file of its own."""
+
+    def __init__(self, file, start: int, length: int):
+        self.file, self.start, self.length, self.at = file, start, length, 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=0):
+        self.at = max(offset + (0, self.at, self.length)[whence], 0)
+        return self.at
+
+    def tell(self):
+        return self.at
+
+    def readinto(self, buffer):
+        count = max(min(len(buffer), self.length - self.at), 0)
+        self.file.seek(self.start + self.at)
+        content = self.file.read(count)
+        buffer[: len(content)] = content
+        self.at += len(content)
+        return len(content)
+
+
+def read_members(archive: zipfile.ZipFile, path: Path, end: int):
     """Return the pickle, where each storage lies as {key: (offset, bytes)}, and the byte order where it is told."""
     members = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -80,77 +137,10 @@ def read_members(archive: zipfile.ZipFile, path: Path):
             info.header_offset + LOCAL_HEADER.size + header[-2] + header[-1],
             info.file_size,
         )
-    end = path.stat().st_size
     if any(offset + size > end for offset, size in storages.values()):
         raise UserError(f"{path} is truncated at {end} bytes; download it again")
     byte_order = archive.read(f"{prefix}byteorder") if f"{prefix}byteorder" in members else None
     return archive.read(pickles[0]), storages, byte_order
-
-
-class TensorUnpickler(pickle.Unpickler):
-    """Interpret a pickle that can only build a dictionary of tensor descriptions."""
-
-    def __init__(self, path, pickled: bytes):
-        super().__init__(io.BytesIO(pickled))
-        self.path = path
-        self.pickled = pickled
-
-    def load_tensors(self) -> dict[str, tuple]:
-        """Return {name: (dtype, storage key, first element, shape, strides)}."""
-        try:
-            for opcode, argument, _ in pickletools.genops(self.pickled):
-                # A memo index sizes a table; no honest one exceeds the number of bytes that could have filled it.
-                if "PUT" in opcode.name and argument is not None and argument > len(self.pickled):
-                    raise pickle.UnpicklingError(f"memo index {argument}")
-            state = self.load()
-        except UserError:
-            raise
-        except Exception as error:  # whatever a damaged pickle makes the machine stumble over
-            raise UserError(f"the list of tensors in {self.path} is damaged ({error}); download it again") from error
-        if not isinstance(state, dict):
-            raise UserError(f"{self.path} must hold a dictionary of tensors, got {type(state).__name__}")
-        for name, value in state.items():
-            if not (isinstance(name, str) and isinstance(value, tuple) and len(value) == 5):
-                raise UserError(
-                    f"{self.path} must hold nothing but tensors by name, got {type(value).__name__} {name!r}"
-                )
-        return dict(state)
-
-    def find_class(self, module, name):
-        allowed = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): describe_tensor,
-            ("torch._utils", "_rebuild_tensor_v3"): self.refuse_type,  # for types without a storage class: float8, ...
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *unused: tensor,
-            ("torch.storage", "UntypedStorage"): None,
-        }
-        if module == "torch":
-            return BY_STORAGE.get(name, name)
-        if (module, name) not in allowed:
-            raise UserError(
-                f"{self.path} asks to run {module}.{name}, which no checkpoint needs; do not trust this file"
-            )
-        return allowed[module, name]
-
-    def persistent_load(self, pid):
-        kind, dtype, key, _, elements = pid
-        if isinstance(dtype, str):
-            self.refuse_type(dtype)
-        if kind != "storage" or not isinstance(key, str):
-            raise pickle.UnpicklingError(f"persistent id {pid!r}")
-        return dtype, key, elements
-
-    def refuse_type(self, *description):
-        kinds = sorted(dtype.name for dtype in BY_STORAGE.values())
-        raise UserError(f"{self.path} holds tensors of type {description[-1]}; only {kinds} can be converted")
-
-
-def describe_tensor(storage, first, shape, strides, *unused):
-    dtype, key, _ = storage
-    numbers = (first, *shape, *strides)
-    if not isinstance(dtype, Dtype) or not all(type(number) is int for number in numbers) or len(shape) != len(strides):
-        raise pickle.UnpicklingError(f"shape {shape!r} with strides {strides!r}")
-    return dtype, key, first, tuple(shape), tuple(strides)
 
 
 class PthLayout:

@@ -182,7 +182,7 @@ def test_truncated(kept, tmp_path):
     torch.save(TENSORS, tmp_path / "x.pth")
     content = (tmp_path / "x.pth").read_bytes()
     (tmp_path / "x.pth").write_bytes(content[:kept])
-    with pytest.raises(UserError, match=r"not a readable PyTorch checkpoint .* download it again"):
+    with pytest.raises(UserError, match=r"not a readable PyTorch checkpoint.* download it again"):
         read_pth(tmp_path / "x.pth")
 
 

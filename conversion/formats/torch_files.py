@@ -1,0 +1,57 @@
+"""The files of `torch.save` that hold a model's weights, found among those that training leaves beside them."""
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+from hf_llama3.errors import UserError, shown
+
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SUFFIXES = (".pt", ".pth", ".bin")
+# The states of runs, and adapters; not the model's weights.
+OTHERS = ("optim*", "sched*", "rng_state*", "random_states*", "recipe_state*", "training_args*", "adapter*", "scaler*")
+TORCHTUNE = re.compile(r"(?P<stem>hf_model|meta_model)(?:_(?P<part>\d+))?_(?P<epoch>\d+)\.pt")
+NUMBERED = re.compile(r"(?P<stem>.+)[_-](?P<part>\d+)-of-(?P<total>\d+)(?:_(?P<epoch>\d+))?\.\w+")
+
+
+class Found(NamedTuple):
+    """What a file's name says."""
+
+    path: Path
+    stem: str  # of all parts of a model
+    part: int
+    total: int | None
+    epoch: int | None
+
+
+def find_torch_files(folder: Path, remedy: str = "move the others elsewhere") -> list[Path]:
+    """List the parts of the one model in a folder that has no index; none where there is none.
+
+    Raises:
+        UserError: there are several models, or a part of one is missing.
+    """
+    found = [read_name(path) for path in sorted(folder.iterdir()) if is_weights(path)]
+    epochs = sorted({one.epoch for one in found if one.epoch is not None})
+    if len(epochs) > 1:
+        raise UserError(f"{folder} holds the weights of the epochs {epochs}; move those of all but one elsewhere")
+    if len({one.stem for one in found}) > 1:
+        names = ", ".join(shown(one.path.name, 60) for one in found[:4])
+        raise UserError(f"{folder} holds {names}, which have no common name; {remedy}")
+    for one in found:
+        if one.total is not None and (missing := set(range(1, one.total + 1)) - {other.part for other in found}):
+            raise UserError(f"{folder} lacks part {min(missing)} of {one.total} of {one.stem}; download it")
+    return [one.path for one in found]
+
+
+def is_weights(path: Path) -> bool:
+    return path.suffix in SUFFIXES and path.is_file() and not any(fnmatch(path.name, other) for other in OTHERS)
+
+
+def read_name(path: Path) -> Found:
+    """Take apart `hf_model_0001_0.pt` and `meta_model_0.pt` of torchtune and `NAME-00001-of-00002.bin`."""
+    match = NUMBERED.fullmatch(path.name) or TORCHTUNE.fullmatch(path.name)
+    if not match:
+        return Found(path, path.stem, 1, None, None)
+    told = {key: int(value) if value and value.isdigit() else value for key, value in match.groupdict().items()}
+    return Found(path, match["stem"], told["part"] or 1, told.get("total"), told["epoch"])
