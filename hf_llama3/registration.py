@@ -28,7 +28,8 @@ MODEL_CLASSES = (
 
 def register():
     """Add the rows now or as soon as their tables exist; calling it again changes nothing."""
-    # The tables hold names, and the library looks a name up in `transformers.models.<model type>`.
+    # The tables hold names, which the library looks up in `transformers.models.<model type>`. The public `register`
+    # takes classes, whose import in the middle of the library's own would be a circle; it serves below, after that.
     sys.modules.setdefault(f"transformers.models.{MODEL_TYPE}", sys.modules["hf_llama3"])
     built_before_us = "transformers.models.auto.modeling_auto" in sys.modules
 

@@ -1,4 +1,4 @@
-"""The keys and values of `model.generate`, written behind one another instead of copied at every step."""
+"""A cache for `model.generate` that grows in place instead of being copied at every step."""
 
 # Shapes: B rows, K key/value heads, S tokens so far, T new tokens, D channels of a head
 
@@ -12,7 +12,7 @@ SPARE_TOKENS, SPARE_SHARE = 256, 8  # room for so many more tokens, or an eighth
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer's keys and values (B, K, S, D), as views of memory that has room for more."""
+    """The keys and values (B, K, S, D) of a layer, as views of memory that has room for more."""
 
     key_memory = value_memory = None  # (B, K, S + room, D)
 
@@ -26,7 +26,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def append(memory: torch.Tensor | None, seen: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write `new` behind `seen`, in `memory` where that holds `seen` and has room; return the memory and the whole."""
+    """Append `new` to `seen`, in place if `memory` holds `seen` and has room; return the memory and the result."""
     start = seen.shape[-2] if seen.numel() else 0
     end = start + new.shape[-2]
     if memory is None or not starts_with(memory, seen) or end > memory.shape[-2]:
@@ -38,24 +38,24 @@ def append(memory: torch.Tensor | None, seen: torch.Tensor, new: torch.Tensor) -
 
 
 def starts_with(memory: torch.Tensor, seen: torch.Tensor) -> bool:
-    """Tell whether `seen` is the memory's own beginning, no copy or selection, and may be written behind now."""
+    """Tell whether `seen` is a view of the memory's beginning, and the memory can be written now."""
     may_write = torch.is_inference_mode_enabled() or not memory.is_inference()
     is_start = (memory.data_ptr(), memory.stride()) == (seen.data_ptr(), seen.stride())
     return may_write and is_start and memory.shape[:-2] == seen.shape[:-2]
 
 
 def grow_caches(model: PreTrainedModel):
-    """Let the caches that `model.generate` makes grow in place."""
+    """Make the caches that `model.generate` creates grow in place."""
     model._prepare_cache_for_generation = functools.partial(prepare_cache, model)
 
 
 def prepare_cache(model: PreTrainedModel, generation_config, model_kwargs: dict, *args, **kwargs):
-    """Stand for the library's method: a plain cache that it makes gets growing layers, all others are left alone."""
+    """Replace the library's method: a plain cache that it makes gets growing layers, every other is left alone."""
     given = model_kwargs.get("past_key_values")
     result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
     cache = model_kwargs.get("past_key_values")
     if cache is not given and type(cache) is DynamicCache:
-        for layer in cache.layers:
-            if type(layer) is DynamicLayer:
-                layer.__class__ = GrowingLayer
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        if cache.layer_class_to_replicate is DynamicLayer:  # of layers that are made when they are first written
+            cache.layer_class_to_replicate = GrowingLayer
     return result

@@ -47,7 +47,10 @@ def refuse_reading(*_):
 
 
 class PackedLinear(nn.Linear):
-    """An `nn.Linear` that multiplies by its kernel; modules become one, and again what they were, in place."""
+    """An `nn.Linear` that multiplies by its kernel.
+
+    A module changes its class in place, because hooks, other holders of the module and its name have to stay.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():

@@ -19,7 +19,6 @@ from .kernels.linear import Int4Kernel, Int8Kernel, Kernel, PlainKernel
 from .linear import PackedLinear, pack, unpack
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that kernels read
-REFUSED = ("train", "_apply", "load_state_dict")  # methods that would change the weights or lead to it
 REPLACED = (  # the model gets its own, or what the library keeps on it
     *("generate", "get_compiled_call", "_prepare_static_cache", "_prepare_cache_for_generation"),
     *("_compiled_call", "_last_compile_config"),
@@ -97,7 +96,7 @@ def release(model: PreTrainedModel):
     """Undo all of `optimize` but what was quantised."""
     done = model.optimization
     for module in model.modules():
-        for name in (*REFUSED, *NO_PLAIN_WEIGHTS, *REPLACED):
+        for name in (*REFUSALS, *NO_PLAIN_WEIGHTS, *REPLACED):
             module.__dict__.pop(name, None)
         if isinstance(module, PackedLinear) and not done.quantize:
             unpack(module)
@@ -169,8 +168,8 @@ def choose_kernel(quantize: str | None, is_head: bool) -> type[Kernel]:
 def refuse_changes(model: PreTrainedModel):
     """Put refusals over the methods by which a model is changed, or saved as what it no longer is."""
     for module in model.modules():
-        for name in REFUSED:
-            setattr(module, name, functools.partial(globals()[f"refuse_{name.strip('_')}"], module))
+        for name, refusal in REFUSALS.items():
+            setattr(module, name, functools.partial(refusal, module))
     if model.optimization.quantize:
         for name in NO_PLAIN_WEIGHTS:
             setattr(model, name, functools.partial(refuse_saving, model))
@@ -198,6 +197,10 @@ def refuse_apply(module: nn.Module, function, recurse: bool = True) -> nn.Module
 
 def refuse_load_state_dict(module: nn.Module, *args, **kwargs):
     raise UserError("an optimised model cannot take other weights; call hf_llama3.restore(model) first")
+
+
+# Method that would change the weights or lead to it -> what stands over it while the model is optimised
+REFUSALS = {"train": refuse_train, "_apply": refuse_apply, "load_state_dict": refuse_load_state_dict}
 
 
 def refuse_saving(model: PreTrainedModel, *args, **kwargs):
