@@ -104,10 +104,10 @@ class Llama3Config(PreTrainedConfig):
         if self.head_dim is None:
             self._require_multiple("hidden_size", "num_attention_heads")
             self.head_dim = self.hidden_size // self.num_attention_heads
-
-        rope = kwargs.pop("rope_scaling", None) or self.rope_parameters or {}
-        self.rope_parameters = dict(rope)  # a copy: the library writes into it
-        check_rope(rope)
+        newer, older = self.rope_parameters or {}, kwargs.pop("rope_scaling", None)  # which knew no theta
+        theta = {"rope_theta": newer["rope_theta"]} if "rope_theta" in newer else {}
+        self.rope_parameters = theta | (older or newer)  # a copy: the library writes into it
+        check_rope(self.rope_parameters)
 
         for name in sorted(kwargs.keys() - LIBRARY_KEYWORDS):
             if not name.startswith("_") and not hasattr(type(self), name):

@@ -52,6 +52,19 @@ def test_old_spellings():
     assert str(config.dtype) == "torch.bfloat16"
 
 
+def test_theta_beside_the_old_spelling():
+    """The newer dictionary may hold the theta alone, and the older the scaling, whose own theta counts first."""
+    scaling = llama3_scaling(8.0)
+    config = Llama3Config(rope_parameters={"rope_theta": 1e6}, rope_scaling=scaling)
+    assert config.rope_parameters == {"rope_theta": 1e6} | scaling
+    older = {"type": "linear", "factor": 2.0}
+    config = Llama3Config(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, rope_scaling=older)
+    assert config.rope_parameters["rope_type"] == "linear" and config.rope_parameters["rope_theta"] == 1e6
+    config = Llama3Config(rope_parameters={"rope_theta": 1e6}, rope_scaling=scaling | {"rope_theta": 1e4})
+    assert config.rope_parameters["rope_theta"] == 1e4
+    assert Llama3Config(rope_parameters={"rope_theta": 1e6}, rope_scaling=None).rope_parameters["rope_theta"] == 1e6
+
+
 def test_caller_keeps_its_dictionary():
     scaling = llama3_scaling(8.0)
     Llama3Config(rope_parameters=scaling)
