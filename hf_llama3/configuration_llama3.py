@@ -16,8 +16,8 @@ from .rotary import check_rope
 # Keywords that the library or older configurations use and that are no fields of their own.
 LIBRARY_KEYWORDS = {
     *("attn_implementation", "auto_map", "classifier_dropout", "experts_implementation", "hidden_dropout"),
-    *("partial_rotary_factor", "per_layer_config", "pretraining_tp", "quantization_config", "rope_scaling"),
-    *("rope_theta", "tokenizer_class", "torch_dtype", *vars(GenerationConfig())),
+    *("partial_rotary_factor", "per_layer_config", "pretraining_tp", "quantization_config", "residual_dropout"),
+    *("rope_scaling", "rope_theta", "tokenizer_class", "torch_dtype", *vars(GenerationConfig())),
 }
 
 
@@ -45,7 +45,6 @@ class Llama3Config(PreTrainedConfig):
             `rope_scaling` are understood as well.
         attention_bias: whether the four attention projections carry a bias.
         attention_dropout: probability of dropping an attention weight in training.
-        residual_dropout: the same for a channel of an embedding and of what a block adds to the residual stream.
         mlp_bias: whether the three feed-forward projections carry a bias.
         tie_word_embeddings: whether the output head is the embedding matrix itself (Llama 3.2 1B and 3B).
         initializer_range: standard deviation of freshly drawn weights.
@@ -89,7 +88,6 @@ class Llama3Config(PreTrainedConfig):
     rope_parameters: dict | None = None
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
-    residual_dropout: float | int = 0.0
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02

@@ -20,7 +20,8 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -42,12 +43,10 @@ class Llama3DecoderLayer(GradientCheckpointingLayer):
         self.mlp = Llama3MLP(config)
         self.input_layernorm = Llama3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Llama3RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class Llama3PreTrainedModel(PreTrainedModel):
@@ -77,7 +76,6 @@ class Llama3Model(Llama3PreTrainedModel):
         self.layers = nn.ModuleList(Llama3DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = Llama3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = Llama3RotaryEmbedding(config)
-        self.dropout = nn.Dropout(config.residual_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -117,8 +115,7 @@ class Llama3Model(Llama3PreTrainedModel):
             position_ids=position_ids,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-
-        hidden_states = self.dropout(inputs_embeds)
+        hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,

@@ -28,6 +28,7 @@ from hf_llama3.errors import UserError, one_line
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 
 from .data import ConsecutiveWindows, ShuffledWindows, survey
+from .dropout import add_residual_dropout
 from .output import finish_run, last_checkpoint, run_errors, start_run
 from .prepare import FOLDER, prepare, read_prepared
 from .settings import Settings
@@ -124,6 +125,8 @@ def train(
     if settings.fsdp:
         with run_errors(output):
             model = shard_among_processes(model, output, arguments)
+    if settings.dropout:
+        add_residual_dropout(model, settings.dropout)
     model.skip_logits_in_training = True
     if settings.checkpointing:
         model.gradient_checkpointing_enable()
@@ -276,7 +279,6 @@ def make_config(vocabulary: dict, settings: Settings) -> Llama3Config:
             num_key_value_heads=settings.kv_heads,
             max_position_embeddings=settings.context,
             attention_dropout=settings.dropout,
-            residual_dropout=settings.dropout,
             tie_word_embeddings=True,
         )
     except (StrictDataclassError, ValueError) as error:

@@ -32,14 +32,14 @@ def open_source(path: str, context: int) -> tuple[Checkpoint, TextTokenizer]:
     return checkpoint, TextTokenizer(files, {key: checkpoint.config[key] for key in VOCABULARY})
 
 
-def load_source(checkpoint: Checkpoint, dropout: float) -> Llama3ForCausalLM:
+def load_source(checkpoint: Checkpoint, attention_dropout: float) -> Llama3ForCausalLM:
     """Load the model in float32, since small updates are lost in narrower types."""
-    rates = {"attention_dropout": dropout, "residual_dropout": dropout}
+    options = {"dtype": torch.float32, "attention_dropout": attention_dropout}
     if not checkpoint.loads_as_is:
-        model = load_checkpoint(checkpoint, dtype=torch.float32, **rates)
+        model = load_checkpoint(checkpoint, **options)
         model.name_or_path = model.config.name_or_path = str(checkpoint.path)  # the base that adapters name
         return model
-    return Llama3ForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, trust_remote_code=False, **rates)
+    return Llama3ForCausalLM.from_pretrained(checkpoint.path, trust_remote_code=False, **options)
 
 
 def add_adapters(model: Llama3ForCausalLM, rank: int):

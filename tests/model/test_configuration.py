@@ -65,6 +65,11 @@ def test_theta_beside_the_old_spelling():
     assert Llama3Config(rope_parameters={"rope_theta": 1e6}, rope_scaling=None).rope_parameters["rope_theta"] == 1e6
 
 
+def test_key_of_older_folders():
+    """Checkpoints of a run with dropout carried its rate, which the training room keeps to itself now."""
+    assert Llama3Config.from_dict({"model_type": "llama3", "residual_dropout": 0.2}).residual_dropout == 0.2
+
+
 def test_caller_keeps_its_dictionary():
     scaling = llama3_scaling(8.0)
     Llama3Config(rope_parameters=scaling)
@@ -134,5 +139,6 @@ def test_known_keywords_do_not_warn(recwarn):
     Llama3Config(
         num_labels=3, rope_theta=1e4, torch_dtype="float32", attn_implementation="eager", output_attentions=True,
         architectures=["Llama3ForCausalLM"], id2label={0: "a"}, temperature=0.7, auto_map={}, name_or_path="here",
+        residual_dropout=0.1,
     )  # fmt: skip
     assert not recwarn.list
