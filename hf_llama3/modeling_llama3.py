@@ -8,7 +8,6 @@ upstream's `modeling_llama`, so that every Llama checkpoint, adapter and paralle
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -30,8 +29,6 @@ from .configuration_llama3 import Llama3Config
 from .mlp import Llama3MLP
 from .norm import Llama3RMSNorm
 from .rotary import Llama3RotaryEmbedding
-
-LOGITS_AT_A_TIME = 2**25  # 128 MiB in float32: fewer cost time, more cost memory
 
 
 class Llama3DecoderLayer(GradientCheckpointingLayer):
@@ -136,6 +133,7 @@ class Llama3ForCausalLM(Llama3PreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    loss_without_logits = None  # the training room's (states, head, labels, ...) -> loss; None where only the six are
     skip_logits_in_training = False
 
     def __init__(self, config: Llama3Config):
@@ -164,7 +162,7 @@ class Llama3ForCausalLM(Llama3PreTrainedModel, GenerationMixin):
         `labels` are the input ids themselves (the loss shifts them), -100 where a token does not count.
         `logits_to_keep` is how many of the last positions to compute logits for (0: all), or which positions.
         `skip_logits` asks for the loss alone, for which the logits (B, T, V) never stand in memory at once; None means
-        as `skip_logits_in_training` says.
+        as `skip_logits_in_training` says. These six files alone, without their package, return the logits all the same.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -178,8 +176,8 @@ class Llama3ForCausalLM(Llama3PreTrainedModel, GenerationMixin):
         hidden_states = select_positions(outputs.last_hidden_state, logits_to_keep)
         if skip_logits is None:
             skip_logits = self.training and self.skip_logits_in_training
-        if labels is not None and skip_logits:
-            logits, loss = None, loss_without_logits(hidden_states, self.lm_head, labels, **kwargs)
+        if labels is not None and skip_logits and self.loss_without_logits is not None:
+            logits, loss = None, self.loss_without_logits(hidden_states, self.lm_head, labels, **kwargs)
         else:
             logits, loss = self.lm_head(hidden_states), None
             if labels is not None:
@@ -228,41 +226,6 @@ class Llama3ForQuestionAnswering(GenericForQuestionAnswering, Llama3PreTrainedMo
         self.transformer = Llama3Model(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
-
-
-def loss_without_logits(
-    hidden_states: torch.Tensor,
-    head: nn.Linear,
-    labels: torch.Tensor,
-    shift_labels: torch.Tensor | None = None,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-    **unused,
-) -> torch.Tensor:
-    """Compute the library's `ForCausalLMLoss` of `head(hidden_states)` from a few positions (of B * T) at a time.
-
-    torch's own function takes a head's weight in float32; any other head is called, and called again for gradients.
-    """
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    states = hidden_states.flatten(0, -2)  # (B * T, E)
-    targets = shift_labels.flatten().to(states.device)  # (B * T)
-    rows, how = max(LOGITS_AT_A_TIME // head.out_features, 1), {"ignore_index": ignore_index, "reduction": "sum"}
-
-    def loss_of(states, targets):
-        return nn.functional.cross_entropy(head(states).float(), targets, **how)
-
-    is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and states.dtype is torch.float32
-    is_mixed = torch.is_autocast_enabled(states.device.type)
-    if len(states) <= rows:
-        loss = loss_of(states, targets)
-    elif is_plain and not is_mixed and hasattr(nn.functional, "linear_cross_entropy"):  # torch 2.12 and later
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
-        loss = nn.functional.linear_cross_entropy(states, head.weight, targets, options=options, **how)
-    else:
-        chunks = zip(states.split(rows), targets.split(rows), strict=True)
-        loss = sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks)
-    return loss / ((targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

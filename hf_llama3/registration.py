@@ -1,4 +1,5 @@
-"""Make the Auto classes, the library's name tables and PEFT know the model type "llama3", and packed folders.
+"""Make the Auto classes, the library's name tables and PEFT know the model type "llama3", and packed folders; give the
+model class the loss that its six files leave to the package.
 
 Nothing heavy is imported here: the rows are added the moment that each table's own module has been imported (at once if
 it already is), and the classes themselves are looked up through `hf_llama3` when somebody asks for one. Registering at
@@ -45,6 +46,12 @@ def register():
                 hf_llama3 = sys.modules["hf_llama3"]
                 config_class, model_class = getattr(hf_llama3, CONFIG_CLASS), getattr(hf_llama3, name)
                 getattr(modeling_auto, auto_class).register(config_class, model_class, exist_ok=True)
+
+    @when_imported("hf_llama3.modeling_llama3")
+    def add_loss(modeling_llama3):
+        from .training.loss import loss_without_logits
+
+        modeling_llama3.Llama3ForCausalLM.loss_without_logits = staticmethod(loss_without_logits)
 
     @when_imported("transformers.quantizers.auto")
     def add_packed_folders(auto):

@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from hf_llama3.cpu.optimization import quantization_of
 from hf_llama3.errors import UserError
-from hf_llama3.modeling_llama3 import LOGITS_AT_A_TIME
 from hf_llama3.text.completion import check_range
 
 LARGEST_CONTEXT = 2048  # tokens, if `context` is omitted: a longer one takes longer and predicts better
+POSITIONS_AT_A_TIME = 256  # whose logits are in memory together: 128 MiB of Llama 3's vocabulary in float32
 
 
 @dataclass
@@ -90,8 +90,7 @@ def sum_of_losses(model, inputs: list[int], targets: list[int]) -> float:
     ids = torch.tensor([inputs], device=model.device)
     states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]  # (T, E)
     head, labels = model.get_output_embeddings(), torch.tensor(targets, device=states.device)
-    rows = max(LOGITS_AT_A_TIME // head.out_features, 1)
     total = 0.0
-    for part, wanted in zip(states.split(rows), labels.split(rows), strict=True):
+    for part, wanted in zip(states.split(POSITIONS_AT_A_TIME), labels.split(POSITIONS_AT_A_TIME), strict=True):
         total += torch.nn.functional.cross_entropy(head(part).float(), wanted, reduction="sum").item()
     return total

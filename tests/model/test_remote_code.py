@@ -64,8 +64,25 @@ def test_loads_through_every_auto_class(folder):
         base = AutoModel.from_pretrained(folder, trust_remote_code=True)
         assert torch.equal(model.lm_head(base(tokens).last_hidden_state), expected)
         assert model.generate(tokens[:, :4], max_new_tokens=3, do_sample=False).shape[1] <= 7
-        head = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
-        assert head(tokens).logits.shape == (2, 2)
+        for auto_class in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+            head = auto_class.from_pretrained(folder, trust_remote_code=True)
+            assert torch.equal(head.base_model(tokens).last_hidden_state, base(tokens).last_hidden_state)
+        head = AutoModelForQuestionAnswering.from_pretrained(folder, trust_remote_code=True)
+        assert head(tokens).start_logits.shape == (2, 64)
+        """,
+        folder,
+    )
+
+
+def test_skipped_logits_without_the_package(folder):
+    """The loss that needs no logits stays with the package: the six files alone compute the logits, and the same."""
+    run_without_package(
+        """
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        output = model(tokens, labels=tokens, skip_logits=True)
+        assert torch.equal(output.logits, expected) and torch.equal(output.loss, model(tokens, labels=tokens).loss)
+        model.train().skip_logits_in_training = True
+        model(tokens, labels=tokens).loss.backward()
         """,
         folder,
     )

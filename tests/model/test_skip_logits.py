@@ -8,14 +8,15 @@ from parity import make_pair, tokens
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from hf_llama3 import modeling_llama3
+from hf_llama3 import Llama3ForCausalLM
+from hf_llama3.training import loss
 
 
 @pytest.fixture(params=["torch's function", "our chunks", "one chunk"])
 def ours(request, monkeypatch):
     """A model whose logits come in 13 chunks of ten positions, or in one."""
     if request.param != "one chunk":
-        monkeypatch.setattr(modeling_llama3, "LOGITS_AT_A_TIME", 10 * 96)
+        monkeypatch.setattr(loss, "LOGITS_AT_A_TIME", 10 * 96)
     if request.param == "our chunks":
         monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
     return make_pair()[0].train()
@@ -123,9 +124,8 @@ def test_label_smoothing_of_the_trainer(ours, tmp_path):
 
 def test_control_sees_a_chunk_left_out(ours, monkeypatch):
     """The control: the comparison fails where the last positions are forgotten."""
-    original = modeling_llama3.loss_without_logits
-    monkeypatch.setattr(
-        modeling_llama3, "loss_without_logits", lambda h, w, y, **k: original(h[:, :60], w, y[:, :60], **k)
-    )
+    original = loss.loss_without_logits
+    shortened = lambda states, head, labels, **kwargs: original(states[:, :60], head, labels[:, :60], **kwargs)  # noqa: E731
+    monkeypatch.setattr(Llama3ForCausalLM, "loss_without_logits", staticmethod(shortened))
     with pytest.raises(AssertionError):
         compare(ours, input_ids=tokens(), labels=some_labels())
