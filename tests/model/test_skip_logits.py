@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from parity import make_pair, tokens
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
@@ -83,6 +84,48 @@ def test_adapters_on_the_head(ours):
     """A head that is more than its weight is called, not read."""
     adapted = get_peft_model(ours, LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
     compare(adapted.train(), input_ids=tokens(), labels=some_labels())
+
+
+def test_offloaded_head(ours):
+    """A head whose weight lies elsewhere between calls, as accelerate's `cpu_offload` has it."""
+    inputs = {"input_ids": tokens(), "labels": some_labels()}
+    expected = ours(**inputs).loss
+    cpu_offload(ours.lm_head, torch.device("cpu"))
+    assert ours.lm_head.weight.is_meta
+    torch.testing.assert_close(ours(**inputs, skip_logits=True).loss, expected, rtol=2e-6, atol=0)
+
+
+def test_head_whose_hooks_fetch_its_weight(ours):
+    """As under ZeRO-3, where a weight is empty but for the call."""
+    inputs = {"input_ids": tokens(), "labels": some_labels()}
+    expected, weight = ours(**inputs).loss, ours.lm_head.weight.detach().clone()
+
+    def hold(data):
+        def hook(module, *unused):
+            module.weight.data = data
+
+        return hook
+
+    ours.lm_head.register_forward_pre_hook(hold(weight))
+    ours.lm_head.register_forward_hook(hold(weight[:0]))
+    ours.lm_head.weight.data = weight[:0]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**inputs, skip_logits=True).loss, expected, rtol=2e-6, atol=0)
+
+
+def test_head_with_a_bias(ours):
+    head = torch.nn.Linear(64, 96)
+    torch.nn.init.normal_(head.bias)
+    head.weight = ours.lm_head.weight
+    ours.lm_head = head
+    compare(ours, input_ids=tokens(), labels=some_labels())
+
+
+def test_number_of_items_on_another_device(ours):
+    """The Trainer counts on the device of its first process, and where it divides a batch itself, in a tensor (1)."""
+    inputs = {"input_ids": tokens().to("meta"), "labels": tokens().to("meta")}
+    ours.to("meta")
+    assert ours(**inputs, skip_logits=True, num_items_in_batch=torch.tensor([50])).loss.is_meta
 
 
 def test_gradient_checkpointing(ours):
