@@ -8,6 +8,7 @@ upstream's `modeling_llama`, so that every Llama checkpoint, adapter and paralle
 
 import torch
 from torch import nn
+from transformers import MODEL_MAPPING, AutoModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -191,41 +192,27 @@ class Llama3ForCausalLM(Llama3PreTrainedModel, GenerationMixin):
         )
 
 
-# The library's generic heads ask AutoModel for the base model, which remote code cannot answer: they are given it.
-class Llama3ForSequenceClassification(GenericForSequenceClassification, Llama3PreTrainedModel):
+class Llama3Head(Llama3PreTrainedModel):
+    """Have the library's generic heads find their base model: they ask AutoModel, which knows no remote code."""
+
+    def __init__(self, config: Llama3Config):
+        if type(config) not in MODEL_MAPPING:
+            AutoModel.register(type(config), Llama3Model)
+        super().__init__(config)
+
+
+class Llama3ForSequenceClassification(GenericForSequenceClassification, Llama3Head):
     """Score a whole text by its last token: token ids (B, T) to logits (B, num_labels)."""
 
-    def __init__(self, config: Llama3Config):
-        Llama3PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = Llama3Model(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
 
-
-class Llama3ForTokenClassification(GenericForTokenClassification, Llama3PreTrainedModel):
+class Llama3ForTokenClassification(GenericForTokenClassification, Llama3Head):
     """Score every token: token ids (B, T) to logits (B, T, num_labels)."""
 
-    def __init__(self, config: Llama3Config):
-        Llama3PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = Llama3Model(config)
-        rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
-        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
-
-class Llama3ForQuestionAnswering(GenericForQuestionAnswering, Llama3PreTrainedModel):
+class Llama3ForQuestionAnswering(GenericForQuestionAnswering, Llama3Head):
     """Score every token as the start and as the end of an answer: token ids (B, T) to two logits (B, T)."""
 
     base_model_prefix = "transformer"  # the name that upstream's question-answering checkpoints carry
-
-    def __init__(self, config: Llama3Config):
-        Llama3PreTrainedModel.__init__(self, config)
-        self.transformer = Llama3Model(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()
 
 
 def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,8 @@ def run_without_package(code, folder):
         sys.modules["hf_llama3"] = None  # importing it raises
         from safetensors.torch import load_file
         import torch
-        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering
+        from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
         folder = {str(folder)!r}
         expected = load_file({str(folder.parent / "expected.safetensors")!r})["logits"]
         tokens = torch.randint(3, 96, (2, 64), generator=torch.Generator().manual_seed(1))
