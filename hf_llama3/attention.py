@@ -9,12 +9,16 @@ registered in `ALL_ATTENTION_FUNCTIONS` take its place by the configuration's `a
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.integrations import use_kernelized_func
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from .configuration_llama3 import Llama3Config
-from .rotary import rotate
+from .rotary import apply_rotary_pos_emb
 
 
+@use_kernelized_func(apply_rotary_pos_emb)
 class Llama3Attention(nn.Module):
     """Let every token read from the tokens before it, through H queries that share K keys and values."""
 
@@ -41,30 +45,23 @@ class Llama3Attention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the block's output (B, T, E) and, from implementations that have them, the weights (B, H, T, S)."""
         batch_and_tokens = hidden_states.shape[:-1]
-        # The head count is inferred: under tensor parallelism there are fewer.
-        heads = (*batch_and_tokens, -1, self.head_dim)
+        heads = (*batch_and_tokens, -1, self.head_dim)  # inferred, since tensor parallelism leaves fewer heads here
         queries = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, H, T, D)
         keys = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # (B, K, T, D)
         values = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (B, K, T, D)
 
-        queries, keys = rotate(queries, *position_embeddings), rotate(keys, *position_embeddings)
+        queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)  # (B, K, S, D)
 
+        dropout = self.attention_dropout if self.training else 0.0
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention_forward)
         output, weights = attend(
-            self,
-            queries,
-            keys,
-            values,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, queries, keys, values, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )  # (B, T, H, D)
         return self.o_proj(output.reshape(*batch_and_tokens, -1).contiguous()), weights
 
@@ -77,19 +74,14 @@ def attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute softmax(q k^T * scaling + mask) v; the mask (B, 1, T, S) is 0 where a key may be seen, else very low."""
-    keys = repeat_heads(keys, module.num_key_value_groups)  # (B, H, S, D)
-    values = repeat_heads(values, module.num_key_value_groups)  # (B, H, S, D)
+    keys = keys.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, H, S, D)
+    values = values.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, H, S, D)
     scores = queries @ keys.transpose(2, 3) * scaling  # (B, H, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(queries.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ values).transpose(1, 2).contiguous(), weights  # (B, T, H, D)
-
-
-def repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
-    """Repeat every key/value head for the query heads that share it: (B, K, S, D) -> (B, K * times, S, D)."""
-    return x if times == 1 else x.repeat_interleave(times, dim=1)

@@ -23,37 +23,10 @@ LIBRARY_KEYWORDS = {
 
 @strict
 class Llama3Config(PreTrainedConfig):
-    """Hold the shape and the arithmetic of a Llama 3 model; tensors below are named as in `modeling_llama3.py`.
-
-    Fields:
-        vocab_size: rows of the embedding, in tokens.
-        hidden_size: width of the residual stream, in channels.
-        intermediate_size: width of the feed-forward block, in channels.
-        num_hidden_layers: decoder layers.
-        num_attention_heads: query heads per layer.
-        num_key_value_heads: key/value heads per layer, each shared by `num_attention_heads / num_key_value_heads` query
-            heads; None means one per query head (multi-head attention).
-        head_dim: channels per head, even; None means `hidden_size / num_attention_heads`.
-        hidden_act: activation of the feed-forward gate, a name in `transformers.activations.ACT2FN`.
-        max_position_embeddings: context window, in tokens.
-        rms_norm_eps: added to the mean square before its root is taken.
-        rope_parameters: `rope_theta` (base of the rotary wavelengths), `rope_type` ("default", "llama3" or any other
-            that the library offers) and that type's keys: for "llama3" `factor` (how many times longer the context
-            became), `low_freq_factor` and `high_freq_factor` (turns that a channel pair makes within the original
-            context: slower pairs are slowed by `factor`, faster ones left alone, those between interpolated) and
-            `original_max_position_embeddings` (tokens, 8192 in every Llama 3). The older `rope_theta` and
-            `rope_scaling` are understood as well.
-        attention_bias: whether the four attention projections carry a bias.
-        attention_dropout: probability of dropping an attention weight in training.
-        mlp_bias: whether the three feed-forward projections carry a bias.
-        tie_word_embeddings: whether the output head is the embedding matrix itself (Llama 3.2 1B and 3B).
-        initializer_range: standard deviation of freshly drawn weights.
-        use_cache: whether the model keeps keys and values by default.
-        pad_token_id, bos_token_id, eos_token_id: token ids; `eos_token_id` may be a list, each of which ends a text.
+    """Hold the shape and the arithmetic of a Llama 3 model; tensors are named as in `modeling_llama3.py`.
 
     Raises:
-        ValueError, huggingface_hub.errors.StrictDataclassError: in `__init__`, for values that contradict each other or
-            have another type.
+        ValueError, huggingface_hub.errors.StrictDataclassError: values contradict each other or have another type.
     """
 
     model_type = "llama3"
@@ -75,26 +48,28 @@ class Llama3Config(PreTrainedConfig):
         "norm": (["hidden_states"], ["hidden_states"]),
     }
 
-    vocab_size: int = 128256
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = 8
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 8192
-    rms_norm_eps: float = 1e-5
+    vocab_size: int = 128256  # rows of the embedding
+    hidden_size: int = 4096  # channels of the residual stream
+    intermediate_size: int = 14336  # channels of the feed-forward block
+    num_hidden_layers: int = 32  # decoder layers
+    num_attention_heads: int = 32  # query heads per layer
+    num_key_value_heads: int | None = 8  # each shared by as many query heads; None: one per query head
+    head_dim: int | None = None  # channels per head, even; None: hidden_size / num_attention_heads
+    hidden_act: str = "silu"  # activation of the feed-forward gate, a name in `transformers.activations.ACT2FN`
+    max_position_embeddings: int = 8192  # context window, in tokens
+    rms_norm_eps: float = 1e-5  # added to the mean square before its root is taken
+    # `rope_theta` (base of the rotary wavelengths), `rope_type` ("default", "llama3" or any other that the library
+    # offers) and that type's keys: see `rotary.py`. The older `rope_theta` and `rope_scaling` are understood as well.
     rope_parameters: dict | None = None
-    attention_bias: bool = False
-    attention_dropout: float | int = 0.0
-    mlp_bias: bool = False
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 128000
-    eos_token_id: int | list[int] | None = 128001
+    attention_bias: bool = False  # of the four attention projections
+    attention_dropout: float | int = 0.0  # probability of dropping an attention weight in training
+    mlp_bias: bool = False  # of the three feed-forward projections
+    tie_word_embeddings: bool = False  # whether the output head is the embedding matrix itself (Llama 3.2 1B and 3B)
+    initializer_range: float = 0.02  # standard deviation of freshly drawn weights
+    use_cache: bool = True  # whether the model keeps keys and values by default
+    pad_token_id: int | None = None  # fills a batch's shorter texts
+    bos_token_id: int | None = 128000  # begins a text
+    eos_token_id: int | list[int] | None = 128001  # ends a text; of a list, each does
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -109,7 +84,9 @@ class Llama3Config(PreTrainedConfig):
 
         for name in sorted(kwargs.keys() - LIBRARY_KEYWORDS):
             if not name.startswith("_") and not hasattr(type(self), name):
-                warn_unknown(name, known=[*type(self).__annotations__, "rope_theta"])
+                nearest = difflib.get_close_matches(name, [*type(self).__annotations__, "rope_theta"], n=1)
+                hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
+                warnings.warn(f"`{name}` is not a field of Llama3Config and has no effect{hint}", stacklevel=2)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -152,9 +129,3 @@ def from_upstream(config_dict: dict) -> dict:
         own |= {"num_attention_heads": heads, "num_key_value_heads": given.get("num_key_value_heads") or heads}
         given["num_attention_heads"] = 1
     return LlamaConfig.from_dict(given).to_dict() | own
-
-
-def warn_unknown(name: str, known: list[str]):
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean `{nearest[0]}`?" if nearest else ""
-    warnings.warn(f"`{name}` is not a field of Llama3Config and has no effect{hint}", stacklevel=2)

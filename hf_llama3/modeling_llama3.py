@@ -68,9 +68,8 @@ class Llama3Model(Llama3PreTrainedModel):
 
     def __init__(self, config: Llama3Config):
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(Llama3DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = Llama3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = Llama3RotaryEmbedding(config)
@@ -87,7 +86,7 @@ class Llama3Model(Llama3PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Return the last hidden state (B, T, E), the cache, and on request every layer's states and weights.
 
@@ -134,8 +133,8 @@ class Llama3ForCausalLM(Llama3PreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    loss_without_logits = None  # the training room's (states, head, labels, ...) -> loss; None where only the six are
     skip_logits_in_training = False
+    loss_without_logits = None  # the training room's (states, head, labels, ...) -> loss; None where only the six are
 
     def __init__(self, config: Llama3Config):
         super().__init__(config)
@@ -156,7 +155,7 @@ class Llama3ForCausalLM(Llama3PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Return logits and, given `labels` (B, T), the mean cross-entropy of a token given those before it, in nats.
 
@@ -183,13 +182,7 @@ class Llama3ForCausalLM(Llama3PreTrainedModel, GenerationMixin):
             logits, loss = self.lm_head(hidden_states), None
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
 
 class Llama3Head(Llama3PreTrainedModel):
@@ -218,8 +211,7 @@ class Llama3ForQuestionAnswering(GenericForQuestionAnswering, Llama3Head):
 def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """Cut (B, T, E) down to the positions asked for, before the largest matrix multiplication of the model.
 
-    An int keeps that many of the last positions (0: all), a 1-D tensor those positions in every row, a 2-D integer
-    tensor (B, N) its positions row by row, a 2-D boolean mask (B, T) its True ones, flattened to (N, E).
+    These are the last (an int; 0: all), some for all rows (N), some for each (B, N), or a mask's (B, T), as (N, E).
     """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:]
@@ -228,13 +220,3 @@ def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Te
     if logits_to_keep.dtype == torch.bool:
         return hidden_states[logits_to_keep]
     return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
-
-
-__all__ = [
-    "Llama3ForCausalLM",
-    "Llama3ForQuestionAnswering",
-    "Llama3ForSequenceClassification",
-    "Llama3ForTokenClassification",
-    "Llama3Model",
-    "Llama3PreTrainedModel",
-]

@@ -5,12 +5,13 @@ of a query and a key depends on their distance alone. (Meta's files pair neighbo
 reorders the rows of the query and key projections, and every dot product stays what it was.)
 """
 
-# Shapes: B batch, H heads, T tokens, D head_dim
+# Shapes: B batch, H query heads, K key/value heads, T tokens, D head_dim
 
 import math
 
 import torch
 from torch import nn
+from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
@@ -49,7 +50,7 @@ class Llama3RotaryEmbedding(nn.Module):
             return self.compute_default_rope_parameters(self.config)
         if self.rope_type == "llama3":
             inv_freq, attention_scaling = self.compute_default_rope_parameters(self.config)
-            return scale_for_long_context(inv_freq, **self.config.rope_parameters), attention_scaling
+            return scale_for_long_context(inv_freq, self.config.rope_parameters), attention_scaling
         return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
 
     @staticmethod
@@ -67,33 +68,34 @@ class Llama3RotaryEmbedding(nn.Module):
         return self
 
 
-def scale_for_long_context(
-    inv_freq: torch.Tensor,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_max_position_embeddings: int,
-    **unused,
-) -> torch.Tensor:
+def scale_for_long_context(inv_freq: torch.Tensor, rope: dict) -> torch.Tensor:
     """Slow the pairs that turn too slowly to have completed a turn within the original context (D/2 -> D/2).
 
     Pairs that make more than `high_freq_factor` turns there stay, those that make fewer than `low_freq_factor` are
-    slowed by `factor`, and those between are interpolated. Source: llama-models 0.3.0, models/llama3/model.py,
-    `apply_scaling`; the order of operations is that of `transformers.modeling_rope_utils`, to the bit.
+    slowed by `factor` (how many times longer the context became), those between interpolated. Source: `apply_scaling`
+    (llama-models 0.3.0, models/llama3/model.py), in the order of `transformers.modeling_rope_utils`, to the bit.
     """
+    factor, low, high, context = (rope[key] for key in LLAMA3_ROPE_KEYS)
     wavelength = 2 * math.pi / inv_freq  # positions per turn
-    turns = original_max_position_embeddings / wavelength
-    share_kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    share_kept = (context / wavelength - low) / (high - low)
     between = (1 - share_kept) * inv_freq / factor + share_kept * inv_freq
-    too_slow = wavelength > original_max_position_embeddings / low_freq_factor
-    fast_enough = wavelength < original_max_position_embeddings / high_freq_factor
+    too_slow = wavelength > context / low
+    fast_enough = wavelength < context / high
     return torch.where(too_slow, inv_freq / factor, torch.where(fast_enough, inv_freq, between))
 
 
+@use_kernel_forward_from_hub("rotary_pos_emb")
+def apply_rotary_pos_emb(
+    queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries (B, H, T, D) and keys (B, K, T, D); a kernel from the Hub takes these five arguments."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)  # (B, 1, T, D/2)
+    return rotate(queries, cos, sin), rotate(keys, cos, sin)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn every pair of channels of `x` (B, H, T, D) by the angle whose `cos` and `sin` (B, T, D/2) are given."""
-    first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, T, D/2)
+    """Turn every pair of channels of `x` (..., D) by the angle whose `cos` and `sin` (..., D/2) are given."""
+    first, second = x.chunk(2, dim=-1)  # (..., D/2) each
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
@@ -102,12 +104,11 @@ def check_rope(rope: dict):
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"`rope_type` must be one of {ROPE_TYPES}, got {rope_type!r}")
-    if rope_type != "llama3":
-        return
-    if missing := [key for key in LLAMA3_ROPE_KEYS if rope.get(key) is None]:
-        raise ValueError(f"`rope_parameters` of type 'llama3' must hold {LLAMA3_ROPE_KEYS}, lacks {missing}")
-    if not 0 < rope["low_freq_factor"] < rope["high_freq_factor"]:
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        raise ValueError(f"`low_freq_factor` must lie between 0 and `high_freq_factor`, got {low} and {high}")
-    if not rope["factor"] >= 1:
-        raise ValueError(f"`factor` of `rope_parameters` must be at least 1, got {rope['factor']}")
+    if rope_type == "llama3":
+        if missing := [key for key in LLAMA3_ROPE_KEYS if rope.get(key) is None]:
+            raise ValueError(f"`rope_parameters` of type 'llama3' must hold {LLAMA3_ROPE_KEYS}, lacks {missing}")
+        factor, low, high, _ = (rope[key] for key in LLAMA3_ROPE_KEYS)
+        if not 0 < low < high:
+            raise ValueError(f"`low_freq_factor` must lie between 0 and `high_freq_factor`, got {low} and {high}")
+        if not factor >= 1:
+            raise ValueError(f"`factor` of `rope_parameters` must be at least 1, got {factor}")

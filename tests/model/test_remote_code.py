@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_llama3 import Llama3Config, Llama3ForCausalLM
 from hf_llama3.errors import UserError
-from hf_llama3.remote_code import AUTO_MAP, CODE_FILES, add_code, save_with_code
+from hf_llama3.remote_code import AUTO_MAP, CODE_FILES, add_code, code_files, save_with_code
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,10 @@ def test_loads_through_every_auto_class(folder):
         """,
         folder,
     )
+
+
+def test_code_is_short_enough_to_read():
+    assert sum(len(content.splitlines()) for content in code_files().values()) <= 600
 
 
 def test_skipped_logits_without_the_package(folder):
