@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 
 import torch
-from transformers import StoppingCriteriaList, StopStringCriteria, set_seed
+from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria, set_seed
 
 from hf_llama3.errors import UserError
 
@@ -57,20 +57,20 @@ def generate_rows(
     """Do what `generate_text` does for prompts that are checked, and tokenised to `rows`."""
     longest = max(map(len, rows))
     options = generation_options(model, tokenizer, temperature, top_p)
-    padding = options["pad_token_id"]
+    stop_texts = StopTexts(tokenizer, stop)
     set_seed(seed)
     with torch.inference_mode():
         output = model.generate(
-            **pad_left(rows, padding, input_device(model)),
+            **pad_left(rows, options["pad_token_id"], input_device(model)),
             max_new_tokens=max_new_tokens,
-            stopping_criteria=stop_at(tokenizer, stop),
+            stopping_criteria=StoppingCriteriaList([stop_texts] if stop else []),
             prefill_chunk_size=PREFILL_CHUNK if longest > PREFILL_CHUNK else None,
             **options,
         )
     stops = stop_tokens(model)
     completions = []
-    for prompt, row in zip(prompts, output[:, longest:].tolist(), strict=True):
-        ids = until_stop(row, stops, padding)
+    for number, (prompt, row) in enumerate(zip(prompts, output.tolist(), strict=True)):
+        ids = until_stop(row[longest : stop_texts.ends.get(number)], stops)
         completions.append(Completion(prompt, tokenizer.decode(ids, skip_special_tokens=True), ids))
     return completions
 
@@ -116,21 +116,28 @@ def generation_options(model, tokenizer, temperature: float, top_p: float) -> di
     return {"pad_token_id": padding, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
-def stop_at(tokenizer, texts: list[str] | None) -> StoppingCriteriaList:
-    """Return what stops a row at any of some texts.
+class StopTexts(StoppingCriteria):
+    """Stop a row at any of some texts and keep where: what `generate` adds until the longest row ends may be any token.
 
     Raises:
-        UserError: the library cannot tell what the tokenizer's tokens spell.
+        UserError: in `__init__`, where the library cannot tell what the tokenizer's tokens spell.
     """
-    if not texts:
-        return StoppingCriteriaList()
-    try:
-        return StoppingCriteriaList([StopStringCriteria(tokenizer, texts)])
-    except ValueError as error:  # it looks for Latin letters in what it decodes
-        kind = type(tokenizer).__name__
-        raise UserError(
-            f"--stop needs a tokenizer that spells Latin letters, got {kind} without; leave it out"
-        ) from error
+
+    def __init__(self, tokenizer, texts: list[str] | None):
+        self.ends = {}  # row -> its tokens, prompt and all
+        try:
+            self.criterion = StopStringCriteria(tokenizer, texts) if texts else None
+        except ValueError as error:  # it looks for Latin letters in what it decodes
+            kind = type(tokenizer).__name__
+            raise UserError(
+                f"--stop needs a tokenizer that spells Latin letters, got {kind} without; leave it out"
+            ) from error
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        stopped = self.criterion(input_ids, scores, **kwargs)
+        for row in stopped.nonzero().flatten().tolist():
+            self.ends.setdefault(row, input_ids.shape[1])
+        return stopped
 
 
 def stop_tokens(model) -> list[int]:
@@ -162,9 +169,7 @@ def pad_left(rows: list[list[int]], padding: int, device) -> dict[str, torch.Ten
     }
 
 
-def until_stop(row: list[int], stops: list[int], padding: int) -> list[int]:
-    """Cut a row after its first stop token, and what `generate` adds to rows that ended before the longest."""
+def until_stop(row: list[int], stops: list[int]) -> list[int]:
+    """Cut a row after its first stop token."""
     end = next((index + 1 for index, token in enumerate(row) if token in stops), len(row))
-    while end and row[end - 1] == padding and padding not in stops:
-        end -= 1
     return row[:end]
