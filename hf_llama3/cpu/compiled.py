@@ -1,15 +1,17 @@
 """A compiled decoding step over a static cache, by the library's own switches, that is compiled once and stays."""
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 
 SMALLEST_CACHE = 256  # tokens; a longer one has twice or four times as many, and so on
 CPU_ROWS, CPU_TOKENS = 1, 512  # up to which a compiled step is the faster one on a CPU, see `is_worth_it`
+BY_POSITION = tuple(inspect.signature(GenerationMixin.generate).parameters)[1:]  # names of generate's arguments
 ELSEWISE = (  # what a compiled step over a static cache does not serve, or not well
     *("assistant_model", "prompt_lookup_num_tokens", "past_key_values", "cache_implementation"),
     *("output_hidden_states", "output_attentions"),
@@ -45,12 +47,24 @@ def generate(model: PreTrainedModel, config: CompileConfig, plain: Callable, *ar
     Tensors of inference mode are of another kind to the compiler, for which it would compile everything again, so that
     mode is left; the library's method runs without gradients by itself.
     """
-    wanted = vars(kwargs.get("generation_config") or model.generation_config) | kwargs
-    if not is_served(wanted) or not is_worth_it(model, wanted, *args):
-        return plain(*args, **kwargs)
+    given = dict(zip(BY_POSITION, args, strict=False)) | kwargs
+    wanted = combine(model, given)
+    if not is_served(wanted) or not is_worth_it(model, wanted):
+        return plain(**given)
+    options = {"cache_implementation": "static", "compile_config": config}
+    if given.get("generation_config") is None:
+        given |= options
+    else:  # beside which the library deprecates options
+        given["generation_config"] = copy.deepcopy(given["generation_config"])
+        given["generation_config"].update(**options)
     with torch.inference_mode(False):
-        kwargs |= {"cache_implementation": "static", "compile_config": config}
-        return type(model).generate(model, *args, **kwargs)
+        return type(model).generate(model, **given)
+
+
+def combine(model: PreTrainedModel, given: dict) -> dict:
+    """Return all settings of a call as the library combines them: options, a configuration, then the model's own."""
+    config = vars(given.get("generation_config") or model.generation_config)
+    return vars(model.generation_config) | {name: value for name, value in config.items() if value is not None} | given
 
 
 def get_step(model: PreTrainedModel, config: CompileConfig):

@@ -9,7 +9,7 @@ import torch
 from small import CLASSES, make_model, prompts
 from torch._dynamo.utils import counters
 from torchrun import ENVIRONMENT
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import hf_llama3
 from hf_llama3.cpu import compiled as compiled_module
@@ -115,6 +115,31 @@ def test_what_is_compiled(how, is_compiled, compiled):
     with mock.patch.object(type(compiled), "generate") as generate:
         compiled.generate(prompts(), max_new_tokens=4, **how)
     assert ("compile_config" in generate.call_args.kwargs) is is_compiled
+
+
+def test_a_configuration_counts_wherever_it_stands(compiled):
+    """By position or by name; what it leaves open is the model's own, and what it holds is left as it was."""
+    beams, plain, calls = GenerationConfig(max_new_tokens=4, num_beams=2), GenerationConfig(max_new_tokens=4), []
+    with mock.patch.object(type(compiled), "generate", lambda model, **given: calls.append(given)):
+        for config in (beams, plain):
+            compiled.generate(prompts(), config)
+            compiled.generate(prompts(), generation_config=config)
+        compiled.generation_config.num_beams = 2
+        try:
+            compiled.generate(prompts(), plain)
+            compiled.generate(prompts(), max_new_tokens=4)
+            compiled.generate(prompts(), plain, num_beams=1)
+        finally:
+            compiled.generation_config.num_beams = None
+    found = [one.get("generation_config", GenerationConfig(**one)).compile_config is not None for one in calls]
+    assert found == [False, False, True, True, False, False, True]
+    assert plain.compile_config is None and plain.cache_implementation is None
+
+
+def test_a_configuration_is_followed(compiled, caplog):
+    config, ids = GenerationConfig(max_new_tokens=7, do_sample=False), prompts()
+    assert torch.equal(compiled.generate(ids, config), make_model().generate(ids, config))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
