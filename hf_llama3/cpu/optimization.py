@@ -33,6 +33,7 @@ class Optimization:
     quantize: str | None
     compile: bool
     trainable: list[str]  # parameters that required gradients
+    training: list[str]  # modules that were in training mode
 
 
 def optimize(
@@ -61,6 +62,7 @@ def optimize(
         return model
     if done:
         release(model)
+    training = [name for name, module in model.named_modules() if module.training]
     model.eval()
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
@@ -70,7 +72,7 @@ def optimize(
         use_decode_attention(model)
     elif not compile:
         warnings.warn(f"on {model.device} a compiled step alone is faster; optimize with compile=True", stacklevel=2)
-    model.optimization = Optimization(quantize, compile, trainable)
+    model.optimization = Optimization(quantize, compile, trainable, training)
     refuse_changes(model)
     if compile:
         compile_decoding(model, progress)
@@ -78,7 +80,7 @@ def optimize(
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the same model with its plain modules and weights, to the bit; one that is not optimised is left alone.
+    """Return the same model with its plain modules, modes and exact weights; one that is not optimised is left alone.
 
     Raises:
         UserError: the weights are quantised, and what they were is gone.
@@ -103,6 +105,8 @@ def release(model: PreTrainedModel):
     parameters = dict(model.named_parameters())
     for name in done.trainable:
         parameters[name].requires_grad_(True)
+    for name in done.training:
+        model.get_submodule(name).training = True
     del model.optimization
 
 

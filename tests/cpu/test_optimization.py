@@ -92,6 +92,16 @@ def test_restored(model):
     model.half()
 
 
+def test_restored_to_the_modes_it_had(model):
+    """Of every module by itself: parts may have been put into evaluation mode on purpose."""
+    model.train().model.layers[1].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    hf_llama3.optimize(model)
+    hf_llama3.restore(hf_llama3.optimize(model, compile=False))
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert not any(module.training for module in hf_llama3.restore(hf_llama3.optimize(model.eval())).modules())
+
+
 def test_twice_and_in_another_way(model):
     theirs = logits(hf_llama3.optimize(model))
     kernels = [module.kernel for module in model.modules() if type(module) is PackedLinear]
