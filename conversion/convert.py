@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_llama3.errors import UserError
-from hf_llama3.files.atomic import check_target, finish, staging, sync, write_files
+from hf_llama3.files.atomic import check_target, clear, files_in, finish, staging, sync, write_files
 from hf_llama3.files.hashes import CHECKLIST, CHECKSUMS, check_sums, format_sums, hash_file
 from hf_llama3.files.progress import byte_bar
 
@@ -120,7 +120,7 @@ def convert(
     if dry_run:
         plan.make_small_files()  # for what it notes
     else:
-        with staging(target) as folder:
+        with staging(target, overwrite) as folder:
             execute(plan, folder, report, verify, progress)
     report.seconds = round(time.perf_counter() - started, 3)
     return report
@@ -153,7 +153,7 @@ def make_plan(checkpoint: Checkpoint, to, mp, model_type, dtype, max_shard_size)
 def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, progress: bool):
     """Write everything that is planned into `folder` and prove it; what an earlier run finished there is kept."""
     source = plan.source
-    remove_leftovers(plan, folder)
+    clear(folder, keep=[file.name for file in plan.files])  # what an earlier run left and this one does not continue
     with ThreadPoolExecutor(2) as beside:
         small_files = beside.submit(plan.make_small_files)
         checklist = source.path / CHECKLIST
@@ -182,21 +182,6 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, pr
     elif plan.to == "hf":
         write_files(folder, {PROVENANCE: make_provenance(plan, None)})
     report.files = {name: path.stat().st_size for name, path in files_in(folder).items()}
-
-
-def files_in(folder: Path) -> dict[str, Path]:
-    """List the files of a folder and of those in it, by their names in it."""
-    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def remove_leftovers(plan: Plan, folder: Path):
-    """Clear what an earlier run left that this one does not continue."""
-    planned = {file.name for file in plan.files}
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            path.rmdir()
-        elif str(path.relative_to(folder)) not in planned:
-            path.unlink()
 
 
 def is_whole(path: Path, file: PlannedFile) -> bool:

@@ -17,7 +17,7 @@ from hf_llama3.conversion.opening import open_checkpoint
 from hf_llama3.conversion.plan import DEFAULT_SHARD_SIZE, divide, hf_small_files, parse_size
 from hf_llama3.conversion.weights import EMBEDDING, OUTPUT, Row
 from hf_llama3.errors import UserError
-from hf_llama3.files.atomic import check_target, finish, staging, sync, write_files
+from hf_llama3.files.atomic import check_target, clear, files_in, finish, staging, sync, write_files
 from hf_llama3.files.progress import byte_bar
 
 from . import QUANTIZATIONS
@@ -77,14 +77,13 @@ def pack_model(
     total = sum(file.layout.size for file in files)
     check_target(checkpoint.path.resolve(), target, total, overwrite)
     notes = []
-    with staging(target) as folder, byte_bar("packing", total, progress) as bar:
-        for path in folder.iterdir():
-            path.unlink()  # of a run that was stopped
+    with staging(target, overwrite) as folder, byte_bar("packing", total, progress) as bar:
+        clear(folder)  # of a run that was stopped
         for file in files:
             write_weights(file, folder, checkpoint, quantize, bar.update)
         write_files(folder, small_files(checkpoint, quantize, files, notes))
         sync(folder)
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        sizes = {name: path.stat().st_size for name, path in files_in(folder).items()}
     seconds = round(time.perf_counter() - started, 3)
     return PackReport(str(source), str(target), quantize or PLAIN, sizes, total, seconds, notes)
 

@@ -1,22 +1,29 @@
-"""A target that is whole or not there: written beside its place, under a lock, and put there in one step.
+"""A target that is whole or not there: written beside its place, by one run at a time, and put there in one step.
 
-Everything goes into `TARGET.partial`, every file as `NAME.partial` until it is synced to disk. An interrupted run
-leaves that folder; the same command finds in it what was finished. A folder that this package did not make is not
-touched.
+Everything goes into `TARGET.partial`, every file as `NAME.partial` until it is synced to disk. A marker in that folder
+says that it is this package's and not finished; the same command finds in it what an interrupted run has done. What
+carries no marker was made by somebody else, and is not touched.
 """
 
 import contextlib
+import ctypes
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from hf_llama3.errors import UserError
+
+from .locking import hold, locked
 
 # One of them tells a checkpoint: they are written last, and a folder that has none is not replaced.
 SIGNS = ("config.json", "params.json")
+MARKER = ".unfinished-by-hf-llama3"
+REPLACED = "replaced"  # what the old target is called in the folder where it waits to be removed
+RENAME_EXCHANGE = 2  # linux/fs.h
+AT_FDCWD = -100  # linux/fcntl.h: names are relative to the working directory
 
 
 def check_target(source: Path, target: Path, needed: int, overwrite: bool) -> int:
@@ -37,7 +44,7 @@ def check_target(source: Path, target: Path, needed: int, overwrite: bool) -> in
             )
     parent = parent_of(target)
     staging = staging_of(target)
-    there = sum(file.stat().st_size for file in staging.iterdir()) if staging.is_dir() else 0
+    there = sum(file.lstat().st_size for file in staging.iterdir()) if staging.is_dir() else 0
     if (free := shutil.disk_usage(parent).free) + there < needed:
         raise UserError(f"{target} needs {needed} bytes, but its disk has {free} free; make room there")
     return free
@@ -61,41 +68,26 @@ def parent_of(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def staging(target: Path) -> Iterator[Path]:
+def staging(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Open the folder that will become `target`, alone; at the end of the block it takes the target's place.
 
     Raises:
-        UserError: another run has it, it is not one of ours, or the system refuses.
+        UserError: another run has it, it is not one of ours, the target is taken, or the system refuses.
     """
-    recover(target)
     folder = staging_of(target)
     with system_errors(folder):
-        if folder.exists() and any(folder.iterdir()) and not is_unfinished(folder):
-            raise UserError(f"{folder} is in the way and was not made by this package; move it elsewhere")
+        if not is_ours(folder) and not was_exchanged(folder, target):
+            raise in_the_way(folder)
         with locked(folder, target):
-            folder.mkdir(exist_ok=True)
+            recover(folder, target)
+            if is_taken(target) and not overwrite:  # another run may have made it since it was looked for
+                raise UserError(f"{target} already exists; choose another target or add --overwrite")
+            if is_taken(target):
+                make_free(replaced_by(target))
+            folder.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_ISVTX)
+            write_file(folder / MARKER, b"hf-llama3 is making a model here; the same command goes on with it.\n")
             yield folder
             take_place(folder, target)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, target: Path):
-    """Hold the lock on the folder in which `target` is written; it stays beside it until that is finished.
-
-    Raises:
-        UserError: another run holds it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(lock_of(folder))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"another run is writing {target}; wait for it, or choose another target") from error
-    try:
-        yield
-        lock_of(folder).unlink(missing_ok=True)
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
@@ -111,36 +103,146 @@ def staging_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
-def lock_of(folder: Path) -> Path:
-    """Return the file that a run holds while it writes `folder`, and that stays beside it until it is finished."""
-    return folder.with_name(f"{folder.name}.lock")
+def replaced_by(target: Path) -> Path:
+    """Return the folder in which an old target waits to be removed, with a marker that says which folder it is."""
+    return target.with_name(f"{target.name}.replaced-by-hf-llama3")
+
+
+def is_ours(folder: Path) -> bool:
+    """Tell whether a run may write into a folder: it is absent, empty or one that a run has left.
+
+    Between the marker's end and the folder's new name its mode alone tells it, by a bit that nobody else sets there.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        return False
+    return not folder.exists() or not any(folder.iterdir()) or is_marked(folder)
+
+
+def is_marked(folder: Path) -> bool:
+    return (folder / MARKER).is_file() or bool(folder.stat().st_mode & stat.S_ISVTX)
 
 
 def is_unfinished(folder: Path) -> bool:
-    return lock_of(folder).exists()
+    """Tell whether a run was writing a folder, and is or was interrupted."""
+    named = folder.name.endswith(".partial") and folder.is_dir()
+    return (folder / MARKER).is_file() or (named and is_marked(folder))
 
 
-def replaced_by(target: Path) -> Path:
-    return target.with_name(f"{target.name}.replaced-by-hf-llama3")
+def in_the_way(folder: Path) -> UserError:
+    return UserError(f"{folder} is in the way and was not made by this package; move it elsewhere")
 
 
 def take_place(folder: Path, target: Path):
     """Put the finished folder in the target's place; what was there goes when the new one stands."""
-    old = replaced_by(target)
-    if target.exists():
-        target.rename(old)
-    folder.rename(target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if is_taken(target):
+        replace(folder, target)
+    else:
+        if target.exists():
+            target.rmdir()
+        (folder / MARKER).unlink()
+        folder.rename(target)
+        sync(target.parent)
+    target.chmod(stat.S_IMODE(target.stat().st_mode) & ~stat.S_ISVTX)
 
 
-def recover(target: Path):
-    """Mend what a run left that was killed between the two renames above."""
-    old = replaced_by(target)
-    if old.exists() and not target.exists():
-        old.rename(target)
-    elif old.exists():
-        shutil.rmtree(old, ignore_errors=True)
+def replace(folder: Path, target: Path):
+    """Let the finished folder and the target change places, in one step where the system can, and remove the old."""
+    made, waiting = folder / REPLACED, replaced_by(target)
+    made.mkdir()
+    write_file(made / MARKER, identity(target))
+    made.rename(waiting)
+    (folder / MARKER).unlink()
+    handle = hold(target, target)  # or another run could take it, under the other's name, for a folder left to it
+    try:
+        if exchange(folder, target):
+            folder.rename(waiting / REPLACED)
+        else:
+            target.rename(waiting / REPLACED)
+            folder.rename(target)
+        sync(target.parent)
+        remove_replaced(waiting)
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two folders change their names in one step; returns False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another system, an old C library
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    if (code := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # another file system
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def identity(folder: Path) -> bytes:
+    """Return what tells a folder from any other, whatever its name."""
+    status = folder.lstat()
+    return f"{status.st_dev} {status.st_ino}\n".encode()
+
+
+def was_exchanged(folder: Path, target: Path) -> bool:
+    """Tell whether the old target is in the folder's place, where a run leaves it that is killed after the exchange."""
+    marker = replaced_by(target) / MARKER
+    return marker.is_file() and folder.is_dir() and marker.read_bytes() == identity(folder)
+
+
+def recover(folder: Path, target: Path):
+    """Mend what a run left that was killed as it put the new folder in the old one's place."""
+    waiting = replaced_by(target)
+    if not (waiting / MARKER).is_file():
+        return  # nothing, or somebody else's
+    if was_exchanged(folder, target):
+        clear(folder)
+    elif (waiting / REPLACED).exists() and not target.exists():
+        (waiting / REPLACED).rename(target)
+    remove_replaced(waiting)
+
+
+def make_free(waiting: Path):
+    """Remove an empty folder, which a run left that was killed as it removed it.
+
+    Raises:
+        UserError: there is anything else.
+    """
+    try:
+        if os.path.lexists(waiting):
+            waiting.rmdir()
+    except OSError as error:
+        raise in_the_way(waiting) from error
+
+
+def remove_replaced(waiting: Path):
+    """Remove an old target; the marker goes last, so that the next run removes what one that is killed here leaves."""
+    write_file(waiting / MARKER, b"hf-llama3 removes the old model here.\n")
+    shutil.rmtree(waiting / REPLACED, ignore_errors=True)
+    if not (waiting / REPLACED).exists():
+        (waiting / MARKER).unlink()
+        with contextlib.suppress(OSError):  # somebody has put something there
+            waiting.rmdir()
+
+
+def clear(folder: Path, keep=()):
+    """Remove all that lies in a folder but files of some names; a link goes, and is not followed."""
+    for place, folders, files in os.walk(folder, topdown=False):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            is_plain = stat.S_ISREG(path.lstat().st_mode)
+            if path.is_dir() and not path.is_symlink():
+                with contextlib.suppress(OSError):  # something in it is kept
+                    path.rmdir()
+            elif not (is_plain and path.relative_to(folder).as_posix() in (*keep, MARKER)):
+                path.unlink()
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """List the files of a folder and of those in it, by their names in it."""
+    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    found.pop(MARKER, None)
+    return found
 
 
 def write_files(folder: Path, files: dict[str, bytes]):
@@ -152,7 +254,9 @@ def write_files(folder: Path, files: dict[str, bytes]):
 
 def write_file(path: Path, content: bytes):
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
+    partial.unlink(missing_ok=True)  # of a run that was stopped, or somebody's link
+    with open(partial, "xb") as file:
+        file.write(content)
     finish(partial)
 
 

@@ -12,9 +12,10 @@ from tqdm import tqdm
 from hf_llama3.cpu.optimization import quantization_of
 from hf_llama3.distributed.parallel import Group
 from hf_llama3.errors import UserError
-from hf_llama3.files.atomic import locked, sync, system_errors, write_files
+from hf_llama3.files.atomic import in_the_way, sync, system_errors, write_files
 from hf_llama3.files.hashes import hash_file
 from hf_llama3.files.json import read_json, to_json
+from hf_llama3.files.locking import locked
 
 from .completion import Completion, check_lengths, check_sampling, generate_rows, tokenize
 
@@ -140,9 +141,17 @@ def describe(model, prompts: list[str] | Path, job: Job) -> dict:
 
 
 def begin(folder: Path, settings: dict) -> int:
-    """Make the folder of a run, or go on with one that is there; return how many completions are in it."""
-    folder.mkdir(exist_ok=True)
-    if not any(folder.iterdir()):
+    """Begin in the empty folder of a run, or go on with what is in it; return how many completions there are.
+
+    Raises:
+        UserError: what is in it was begun with other settings, or by somebody else.
+    """
+    settings_file, first_part = folder / SETTINGS_FILE, folder / f"{SETTINGS_FILE}.partial"
+    found = set(folder.iterdir())
+    known = {settings_file, folder / LINES_FILE} if settings_file in found else {first_part}  # stopped as it began
+    if not found <= {first_part, *known} or not all(path.is_file() and not path.is_symlink() for path in found):
+        raise in_the_way(folder)
+    if settings_file not in found:
         write_files(folder, {SETTINGS_FILE: to_json(settings)})
         return 0
     begun = read_json(folder / SETTINGS_FILE)

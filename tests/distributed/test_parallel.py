@@ -13,13 +13,13 @@ import pytest
 import torch
 from checkpoints import params, small_tokenizer, write_meta
 from command_line import call, refuse
-from filelock import FileLock
 from torchrun import ENVIRONMENT, torchrun
 
 from hf_llama3 import Llama3Config
 from hf_llama3.conversion import convert, inspect
 from hf_llama3.distributed.parallel import Group, bytes_per_process
 from hf_llama3.errors import UserError
+from hf_llama3.files.locking import locked
 from hf_llama3.presets import config_of
 from hf_llama3.text import loading, prompts
 
@@ -227,7 +227,7 @@ def test_an_interrupted_run_goes_on(folders, alone, tmp_path):
 def test_a_file_is_written_by_one_run_alone(folders, tmp_path):
     output = tmp_path / "out.jsonl"
     arguments = ["generate", folders / "grouped", "a", *OPTIONS, "--output", output]
-    with FileLock(f"{output}.partial.lock"):
+    with locked(output.with_name("out.jsonl.partial"), output):
         assert f"another run is writing {output}" in refuse(*arguments)
     assert call(*arguments)[0] == 0 and len(output.read_text("utf-8").splitlines()) == 1
     assert list(tmp_path.iterdir()) == [output]
