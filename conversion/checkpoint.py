@@ -142,7 +142,8 @@ def check_names(found: set[str], expected: set[str], path: Path):
             first = ", ".join(map(quoted, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
             problems.append(f"{verb} {len(names)} tensor{'s' * (len(names) > 1)}: {first}")
     if problems:
-        raise UserError(f"{path} {' and '.join(problems)}")
+        another = "; it is of another kind than its configuration says: take the one that came with these weights"
+        raise UserError(f"{path} {' and '.join(problems)}{'' if found & expected else another}")
 
 
 def check_shapes(table: list[Row], shards: dict[str, list[StoredTensor]], config: dict, folder: Path, config_name: str):

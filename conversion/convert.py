@@ -21,6 +21,7 @@ from .formats.storage import BY_NAME, SourceFile, write_all
 from .opening import open_checkpoint
 from .plan import DEFAULT_SHARD_SIZE, Plan, PlannedFile, plan_hf, plan_meta
 from .provenance import PROVENANCE, make_provenance
+from .tokenizer.rows import require_rows, resize, tokens_without_rows
 from .verify import VerificationReport, verify_checkpoints
 
 WORKERS = 2  # one moves bytes while the other sums or rearranges
@@ -143,10 +144,14 @@ def make_plan(checkpoint: Checkpoint, to, mp, model_type, dtype, max_shard_size)
     if to == "hf":
         if mp not in (None, 1):
             raise UserError(f"--mp divides a checkpoint of Meta's format, got {mp} with --to hf; use --max-shard-size")
-        return plan_hf(checkpoint, model_type or "llama", max_shard_size or DEFAULT_SHARD_SIZE, cast)
+        plan = plan_hf(checkpoint, model_type or "llama", max_shard_size or DEFAULT_SHARD_SIZE, cast)
+        if reason := tokens_without_rows(checkpoint):
+            plan.notes.append(f"{reason}, as in the source; for rows, {resize(checkpoint)}")
+        return plan
     for option, value in (("--as", model_type), ("--max-shard-size", max_shard_size)):
         if value is not None:
             raise UserError(f"{option} is for a Hugging Face target, got {value!r} with --to meta; leave it out")
+    require_rows(checkpoint)
     return plan_meta(checkpoint, 1 if mp is None else mp, cast)
 
 

@@ -7,7 +7,7 @@ from hf_llama3.errors import UserError, shown
 from hf_llama3.files.atomic import SIGNS, is_unfinished
 
 from .checkpoint import Checkpoint
-from .formats.hf import open_hf
+from .formats.hf import ADAPTER, open_hf, refuse_adapter
 from .formats.meta import PARAMS_FILE, SHARD_GLOBS, open_meta
 from .formats.torch_files import is_weights
 from .hub import fetch
@@ -69,9 +69,8 @@ def locate(path: Path) -> Path:
         return path
     if (path / "original" / PARAMS_FILE).exists():
         return path / "original"
-    if (path / "adapter_config.json").exists():
-        remedy = "merge it into its model with peft's merge_and_unload first"
-        raise UserError(f"{path} is an adapter, not a model; {remedy}")
+    if (path / ADAPTER).exists():
+        refuse_adapter(path)
     if shards := [found for pattern in SHARD_GLOBS for found in path.glob(pattern)]:
         raise UserError(
             f"{path} holds {shards[0].name} but no {PARAMS_FILE}; pass the folder that Meta's download made"

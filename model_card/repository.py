@@ -6,7 +6,9 @@ from pathlib import Path
 
 from hf_llama3.conversion import CheckpointInfo
 from hf_llama3.conversion.formats.hf import INDEX
+from hf_llama3.conversion.opening import open_checkpoint
 from hf_llama3.conversion.provenance import PROVENANCE, read_provenance
+from hf_llama3.conversion.tokenizer.rows import require_rows
 from hf_llama3.errors import UserError
 from hf_llama3.files.facts import CURVES_FILE, EVALUATIONS, TRAINING_FACTS
 from hf_llama3.files.hashes import CHECKSUMS, check_sums
@@ -75,6 +77,7 @@ def check_form(folder: Path, info: CheckpointInfo):
             f"`tie_word_embeddings` in {folder / 'config.json'} is true, but there is a head that differs from the "
             f"embedding, which older readers would lose; push what {made} makes, where it is false"
         )
+    require_rows(open_checkpoint(folder))
     if not info.loads_as_is:
         heads = info.config["hidden_size"] % info.config["num_attention_heads"]
         if heads and config.get("model_type") == "llama3":

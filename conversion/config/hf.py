@@ -56,7 +56,8 @@ def read_config(path: Path) -> dict:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in KNOWN_TYPES:
         meaning = f" ({OTHER_TYPES[kind]})" if isinstance(kind, str) and kind in OTHER_TYPES else ""
-        raise UserError(f"`model_type` in {path} must be one of {sorted(KNOWN_TYPES)}, got {kind!r}{meaning}")
+        remedy = f"; transformers itself loads others: AutoModelForCausalLM.from_pretrained('{path.parent}')"
+        raise UserError(f"`model_type` in {path} must be one of {sorted(KNOWN_TYPES)}, got {kind!r}{meaning}{remedy}")
     if raw.get("quantization_config"):
         how = "packed" if is_packed(raw) else "quantised"
         raise UserError(f"{path} describes {how} weights (`quantization_config`); take the original ones")

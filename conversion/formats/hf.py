@@ -21,12 +21,15 @@ from .torch_files import BIN, BIN_INDEX, find_torch_files
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SUFFIX = ".safetensors"
+ADAPTER = "adapter_config.json"  # PEFT's
 
 
 def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> Checkpoint:
     """Open a Hugging Face folder; None means to infer."""
     config, inferred = read_config(folder / "config.json"), []
     found = find_weights(folder)
+    if (folder / ADAPTER).exists():
+        check_adapter(folder, inferred)
     tensors, order, said = settle(found, folder)
     inferred += said
     check_layers(config["num_hidden_layers"], len(tensors), folder)
@@ -51,6 +54,9 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
     tied = config["tie_word_embeddings"] and head == LANGUAGE_MODEL
     if tied and EMBEDDING.hf in tensors:
         tensors.setdefault(OUTPUT.hf, tensors[EMBEDDING.hf])
+    if OUTPUT.hf not in tensors and {row.hf for row in table} - tensors.keys() == {OUTPUT.hf}:
+        key = f"set `tie_word_embeddings` to true in {folder / 'config.json'}"
+        raise UserError(f"{folder} lacks 1 tensor: {OUTPUT.hf!r}; if its head is the embedding, {key}")
     check_names(tensors.keys(), {row.hf for row in table}, folder)
     shards = {name: [tensor] for name, tensor in tensors.items()}
     check_shapes(table, shards, config, folder, "config.json")
@@ -88,7 +94,32 @@ def find_weights(folder: Path) -> dict[str, StoredTensor]:
             return read(folder / single)
     if paths := find_torch_files(folder):
         return read_parts(paths)
+    if (folder / ADAPTER).exists():
+        refuse_adapter(folder)
     raise UserError(f"{folder} has a config.json but no {SINGLE} and no {INDEX}; download the weights")
+
+
+def check_adapter(folder: Path, inferred: list[str]):
+    """Raise where an adapter lies beside a model: `from_pretrained` would add it, and a conversion would not.
+
+    torchtune leaves one beside weights in which it is merged already.
+    """
+    if any((folder / name).exists() for name in (SINGLE, INDEX, BIN, BIN_INDEX)):
+        alone = f"to take the model alone, move {ADAPTER} elsewhere"
+        raise UserError(f"{folder} holds a model and an adapter beside it; {alone}; to merge it, {merge(folder)}")
+    inferred.append("the adapter beside the weights is left out: torchtune has merged it into them")
+
+
+def refuse_adapter(folder: Path):
+    raise UserError(f"{folder} is an adapter, not a model; merge it into its model: {merge(folder)}")
+
+
+def merge(folder: Path) -> str:
+    """Return the command that makes a model of an adapter."""
+    return (
+        'python -c "from peft import AutoPeftModelForCausalLM as M; '
+        f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{folder}-merged')\""
+    )
 
 
 def read_sharded(folder: Path, index: str, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:

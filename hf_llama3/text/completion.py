@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria, set_seed
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 
 from . import MAX_NEW_TOKENS
 
@@ -48,6 +48,7 @@ def generate_text(
         raise UserError("there must be at least one prompt, got none")
     rows = tokenize(tokenizer, prompts)
     check_lengths(model, max(map(len, rows)), max_new_tokens)
+    check_rows(model, tokenizer, rows)
     return generate_rows(model, tokenizer, prompts, rows, max_new_tokens, temperature, top_p, seed, stop)
 
 
@@ -107,10 +108,27 @@ def check_lengths(model, prompt_tokens: int, new_tokens: int):
         raise UserError("a prompt must have at least one token, got none; write some text")
 
 
+def check_rows(model, tokenizer, rows: list[list[int]]):
+    """Refuse a token that the model's embedding has no row for.
+
+    Raises:
+        UserError: naming it.
+    """
+    largest, limit = max(max(row, default=0) for row in rows), model.config.vocab_size
+    if largest >= limit:
+        name = quoted(tokenizer.convert_ids_to_tokens(largest))
+        raise UserError(
+            f"the prompt holds {name}, whose id {largest} has no row in the embedding of {limit}; leave it out, or "
+            f"give it one by resize_token_embeddings({largest + 1}) and save the model"
+        )
+
+
 def generation_options(model, tokenizer, temperature: float, top_p: float) -> dict:
     """Return what `model.generate` is told about sampling and padding; temperature 0 takes the likeliest token."""
     stops = stop_tokens(model)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else 0
+    padding = tokenizer.pad_token_id
+    if padding is None or padding >= model.config.vocab_size:  # without a row, and masked all the same
+        padding = stops[0] if stops else 0
     if not temperature:
         return {"pad_token_id": padding, "do_sample": False}
     return {"pad_token_id": padding, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}

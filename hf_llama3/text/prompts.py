@@ -17,7 +17,7 @@ from hf_llama3.files.hashes import hash_file
 from hf_llama3.files.json import read_json, to_json
 from hf_llama3.files.locking import locked
 
-from .completion import Completion, check_lengths, check_sampling, generate_rows, tokenize
+from .completion import Completion, check_lengths, check_rows, check_sampling, generate_rows, tokenize
 
 SETTINGS_FILE, LINES_FILE = "settings.json", "completions.jsonl"
 BATCHES_AT_A_TIME = 4  # for each process: among so many prompts those of like length are put together
@@ -184,7 +184,9 @@ def count_prompts(model, tokenizer, prompts: list[str] | Path, job: Job) -> int:
     """Return how many prompts there are, of which each fits."""
     lines, total = read_prompts(prompts), 0
     while some := list(itertools.islice(lines, LINES_AT_A_TIME)):
-        lengths = [len(ids) for ids in tokenize(tokenizer, some)]
+        rows = tokenize(tokenizer, some)
+        check_rows(model, tokenizer, rows)
+        lengths = [len(ids) for ids in rows]
         check_lengths(model, max(lengths), job.max_new_tokens)
         check_lengths(model, min(lengths), job.max_new_tokens)
         total += len(some)

@@ -1,0 +1,54 @@
+"""Whether every id of a tokenizer has a row in the embedding: one that has none ends a run in an error."""
+
+from pathlib import Path
+
+from hf_llama3.errors import UserError, quoted
+from hf_llama3.files.json import read_json
+
+from ..checkpoint import Checkpoint
+
+
+def require_rows(checkpoint: Checkpoint):
+    """Raise unless every token of a Hugging Face tokenizer has a row.
+
+    Raises:
+        UserError: naming those that have none, and what gives them rows.
+    """
+    if reason := tokens_without_rows(checkpoint):
+        raise UserError(f"{reason}; give them rows: {resize(checkpoint)}")
+
+
+def tokens_without_rows(checkpoint: Checkpoint) -> str | None:
+    """Say which tokens have no row; None where each has one, or no Hugging Face tokenizer is there."""
+    folder, rows = checkpoint.hf_tokenizer, checkpoint.config["vocab_size"]
+    tokens = read_tokens(folder) if folder is not None else {}
+    homeless = sorted((index, name) for name, index in tokens.items() if index >= rows)
+    if not homeless:
+        return None
+    shown = ", ".join(f"{quoted(name)} ({index})" for index, name in homeless[:3]) + (", ..." if homeless[3:] else "")
+    return f"the embedding of {checkpoint.path} has {rows} rows, and its tokenizer {homeless[-1][0] + 1} ids: {shown}"
+
+
+def resize(checkpoint: Checkpoint) -> str:
+    """Return the command that makes a folder with as many rows as there are ids."""
+    size, path = max(read_tokens(checkpoint.hf_tokenizer).values()) + 1, checkpoint.path
+    return (
+        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"m = M.from_pretrained('{path}', dtype='auto'); m.resize_token_embeddings({size}); "
+        f"[one.save_pretrained('{path}-resized') for one in (m, T.from_pretrained('{path}'))]\""
+    )
+
+
+def read_tokens(folder: Path) -> dict[str, int]:
+    """Return the ids of a folder's tokens by their names."""
+    tokens = {}
+    if (folder / "tokenizer.json").is_file():
+        raw = read_json(folder / "tokenizer.json")
+        model = raw.get("model") if isinstance(raw.get("model"), dict) else {}
+        vocabulary, added = model.get("vocab"), raw.get("added_tokens")
+        tokens |= vocabulary if isinstance(vocabulary, dict) else {}
+        entries = added if isinstance(added, list) else []
+        tokens |= {str(entry.get("content")): entry.get("id") for entry in entries if isinstance(entry, dict)}
+    if (folder / "added_tokens.json").is_file():
+        tokens |= read_json(folder / "added_tokens.json")
+    return {name: index for name, index in tokens.items() if type(index) is int}

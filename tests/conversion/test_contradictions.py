@@ -1,0 +1,181 @@
+"""Folders that contradict themselves: found before a byte is written, in one sentence with what to type next."""
+
+import json
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import torch
+from checkpoints import SMALL_VOCAB, hf_model, params, small_tokenizer, write_meta
+from command_line import refuse, run
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_llama3.conversion import convert, inspect
+from hf_llama3.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    write_meta(folder / "meta", params(vocab=SMALL_VOCAB), tokenizer=small_tokenizer(folder))
+    convert(folder / "meta", folder / "hf")
+    return folder / "hf"
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    shutil.copytree(made, tmp_path / "hf")
+    (tmp_path / "hf" / "SHA256SUMS").unlink()
+    return tmp_path / "hf"
+
+
+def change(path, **keys):
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def push(folder):
+    return "push", folder, "me/model", "--license", "mit", "--dry-run"
+
+
+# A token without a row
+
+
+@pytest.fixture
+def padded(folder):
+    """A pad token as many trainers add it: to the tokenizer, and not to the embedding."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("[PAD]", normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    change(folder / "tokenizer_config.json", pad_token="[PAD]")
+    return folder
+
+
+SAID = (
+    f"has {SMALL_VOCAB} rows, and its tokenizer {SMALL_VOCAB + 1} ids: '[PAD]' ({SMALL_VOCAB}); give them rows: python"
+)
+
+
+def test_a_token_without_a_row_is_found_in_the_plan(padded, tmp_path):
+    for more in (["--dry-run"], []):
+        assert SAID in refuse("convert", padded, tmp_path / "meta", *more)
+    assert not list(tmp_path.glob("meta*"))
+    assert SAID in refuse(*push(padded))
+    report = convert(padded, tmp_path / "again", to="hf")
+    assert any("as in the source; for rows, python -c" in note for note in report.notes)
+
+
+def test_the_command_that_is_named_gives_rows(padded, tmp_path):
+    sentence = refuse("convert", padded, tmp_path / "meta")
+    command = shlex.split(sentence.partition("give them rows: ")[2])
+    subprocess.run(command, check=True, capture_output=True)
+    resized = padded.with_name("hf-resized")
+    assert convert(resized, tmp_path / "meta").verification.ok
+    assert AutoTokenizer.from_pretrained(resized).pad_token_id < inspect(resized).config["vocab_size"]
+
+
+def test_padding_without_a_row_does_not_end_a_run(padded, tmp_path):
+    (tmp_path / "prompts").write_text("abc\nabc hello world\n")
+    together = json.loads(
+        run("generate", padded, "--prompts", tmp_path / "prompts", "--max-new-tokens", "3", "--json").stdout
+    )
+    alone = json.loads(run("generate", padded, "abc", "--max-new-tokens", "3", "--json").stdout)
+    assert len(together) == 2 and len(alone[0]["token_ids"]) == 3
+
+
+@pytest.mark.parametrize("how", ["one", "file"])
+def test_a_prompt_with_a_token_without_a_row(how, padded, tmp_path):
+    (tmp_path / "prompts").write_text("abc\nabc [PAD]\n")
+    prompt = ["abc [PAD]"] if how == "one" else ["--prompts", tmp_path / "prompts"]
+    assert f"holds '[PAD]', whose id {SMALL_VOCAB} has no row" in refuse("generate", padded, *prompt)
+
+
+# A flag that says otherwise than the tensors
+
+
+def test_push_of_a_head_that_older_readers_would_lose(folder):
+    change(folder / "config.json", tie_word_embeddings=True)
+    sentence = refuse(*push(folder))
+    assert "is true, but there is a head that differs" in sentence
+    assert f"push what hf-llama3 convert {folder} {folder}-whole --to hf makes" in sentence
+    run("convert", folder, f"{folder}-whole", "--to", "hf")
+    run(*push(f"{folder}-whole"))
+
+
+def test_a_head_that_is_missing(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for command in (("inspect", folder), ("generate", folder, "abc"), push(folder)):
+        assert "lacks 1 tensor: 'lm_head.weight'; if its head is the embedding, set `tie_word" in refuse(*command)
+    change(folder / "config.json", tie_word_embeddings=True)
+    assert inspect(folder).tied
+
+
+# Adapters
+
+
+def adapter(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "me/base", "peft_type": "LORA"}))
+    save_file({"base_model.model.a.lora_A.weight": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_an_adapter_instead_of_a_model(with_config, folder):
+    (folder / "model.safetensors").unlink()
+    adapter(folder)
+    if not with_config:
+        (folder / "config.json").unlink()
+    merge = f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{folder}-merged')"
+    for command in (("convert", folder, f"{folder}-out"), ("generate", folder, "abc"), push(folder)):
+        sentence = refuse(*command)
+        assert "is an adapter, not a model; merge it into its model: python -c" in sentence and merge in sentence
+
+
+def test_an_adapter_beside_a_model(folder):
+    adapter(folder)
+    for command in (("convert", folder, f"{folder}-out", "--dry-run"), ("generate", folder, "abc"), push(folder)):
+        sentence = refuse(*command)
+        assert "holds a model and an adapter beside it; to take the model alone, move adapter_config.json" in sentence
+    (folder / "adapter_config.json").unlink()
+    assert inspect(folder)
+
+
+def test_the_adapter_that_torchtune_has_merged(folder):
+    weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    torch.save(weights, folder / "hf_model_0001_0.pt")
+    torch.save({"a": torch.zeros(2)}, folder / "adapter_0.pt")
+    (folder / "model.safetensors").unlink()
+    adapter(folder)
+    said = "the adapter beside the weights is left out: torchtune has merged it into them"
+    assert said in inspect(folder).inferred
+
+
+# Another kind of model
+
+
+def test_a_configuration_of_another_kind(folder):
+    change(folder / "config.json", model_type="qwen2")
+    for command in (("convert", folder, f"{folder}-out"), ("generate", folder, "abc"), push(folder)):
+        sentence = refuse(*command)
+        assert (
+            f"got 'qwen2'; transformers itself loads others: AutoModelForCausalLM.from_pretrained('{folder}')"
+            in sentence
+        )
+
+
+def test_weights_of_another_kind(folder):
+    names = [f"transformer.h.{layer}.attn.c_attn.weight" for layer in range(30)]
+    save_file({name: torch.zeros(2, 2) for name in names}, folder / "model.safetensors")
+    for command in (("convert", folder, f"{folder}-out"), ("generate", folder, "abc"), push(folder)):
+        assert "it is of another kind than its configuration says: take the one that came with" in refuse(*command)
+
+
+def test_an_index_and_a_model_without_a_tensor(folder):
+    model = hf_model(vocab_size=SMALL_VOCAB)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if "norm" not in name}
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"lacks 5 tensors: .*norm.weight', \.\.\.$"):
+        inspect(folder)
