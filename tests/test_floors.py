@@ -21,7 +21,7 @@ FLOORS = [
     ["conversion.config"],
     ["conversion.checkpoint", "conversion.formats.cast"],
     ["conversion.tokenizer", "conversion.formats.safetensors", "conversion.formats.names"],
-    ["conversion.formats.unpickle", "conversion.formats.torch_files"],
+    ["conversion.formats.unpickle", "conversion.formats.zip", "conversion.formats.torch_files"],
     ["conversion.formats.unzipped"],
     ["conversion.formats.pth"],
     ["conversion.formats.hf", "conversion.formats.meta"],

@@ -1,29 +1,30 @@
 """PyTorch's checkpoint file: read as data, laid out to the byte before a tensor is written.
 
 A `.pth` file is a zip of uncompressed members: `NAME/data.pkl`, a pickle that names the tensors, and a `NAME/data/KEY`
-for each storage. Reading gives where each tensor's bytes lie; the pickle is not run, see `unpickle.py`.
+for each storage. Reading gives where each tensor's bytes lie; no pickle is run, see `unpickle.py` and `zip.py`.
 """
 
 import io
 import math
 import pickle
 import struct
-import zipfile
 import zlib
 from pathlib import Path
 
 from hf_llama3.errors import UserError, quoted, shown
-from hf_llama3.files.reading import require_file, what_became_of
+from hf_llama3.files.reading import require_file
 
-from .storage import Dtype, SourceFile, StoredTensor
-from .unpickle import MAX_PICKLE_BYTES, Described, TensorUnpickler
+from .names import is_rope_table
+from .storage import BY_STORAGE, Dtype, SourceFile, StoredTensor
+from .unpickle import MAX_PICKLE_BYTES, Damaged, Forbidden, Read, Tensor, forbidden, read_pickle
 from .unzipped import is_unzipped, read_unzipped
+from .zip import CENTRAL_HEADER, LOCAL_HEADER, MAX_32, STORED, UTF8, read_member, read_members
 
+PICKLE_BYTES, PICKLE_BYTES_OF_A_TENSOR = 2**18, 2**12  # at most; torch.save takes some 300 for a tensor
+MAX_BYTE_ORDER = 64  # bytes
+# Where trainers keep the weights beside the state of their run.
+STATE_KEYS = ("model", "state_dict", "model_state_dict", "module", "weights")
 ALIGNMENT = 64  # bytes, torch's own
-LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-CENTRAL_HEADER = struct.Struct("<4s6H3L5H2L")
-MAX_32 = 0xFFFFFFFF  # this much and more stands in a zip's 64-bit fields
-UTF8 = 0x800  # flag: names are UTF-8
 NEW_YEAR_1980 = 0x21  # a zip's earliest date: the same tensors give the same file
 
 
@@ -34,11 +35,12 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
         UserError: the file is damaged, holds anything but tensors, or a tensor reaches beyond its storage.
     """
     require_file(path)
-    unpickler, storages = read_unzipped(path) if is_unzipped(path) else read_zip(path)
-    file, tensors = SourceFile(path), {}
-    for name, tensor in unpickler.load_tensors().items():
-        tensors[name] = place(tensor, storages, file, name)
-    return tensors
+    source = SourceFile(path)
+    try:
+        read, storages = read_unzipped(path) if is_unzipped(path) else read_zip(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return {name: place(tensor, storages, source, name) for name, tensor in tensors_of(read.value, path).items()}
 
 
 def read_parts(paths: list[Path]) -> dict[str, StoredTensor]:
@@ -56,35 +58,78 @@ def read_parts(paths: list[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_zip(path: Path, start: int = 0, length: int | None = None):
-    """Return the unpickler of a zip of torch's, which may lie in a larger file, and where each storage lies."""
+def read_zip(path: Path, start: int = 0, length: int | None = None) -> tuple[Read, dict[str, tuple[int, int]]]:
+    """Return what the pickle describes in a zip of torch's, which may lie in a larger file, and where storages lie.
+
+    Raises:
+        UserError: it is damaged, or no zip of torch's.
+    """
+    with open(path, "rb") as file:
+        window = Window(file, start, path.stat().st_size if length is None else length)
+        members = read_members(window, path, window.length)
+        pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise UserError(f"{path} must hold one pickle of tensors, got {len(pickles)}; it is no PyTorch checkpoint")
+        prefix = pickles[0].removesuffix("data.pkl")
+        storages = {}
+        for name, member in members.items():
+            if not name.startswith(f"{prefix}data/"):
+                continue
+            if member.method != STORED:
+                remedy = "save the checkpoint again with torch.save"
+                raise UserError(f"{shown(name)} in {path} must be stored uncompressed; {remedy}")
+            storages[name.removeprefix(f"{prefix}data/")] = start + member.start, member.size
+        if f"{prefix}byteorder" in members:
+            order = read_member(window, path, members[f"{prefix}byteorder"], MAX_BYTE_ORDER)
+            if order != b"little":
+                got = f"byte order {quoted(order)}"
+                raise UserError(f"{path} must be little-endian, got {got}; save it again on this machine")
+        most = min(PICKLE_BYTES + PICKLE_BYTES_OF_A_TENSOR * len(storages), MAX_PICKLE_BYTES)
+        pickled = read_member(window, path, members[pickles[0]], most)
     try:
-        with open(path, "rb") as file:
-            length = path.stat().st_size if length is None else length
-            with zipfile.ZipFile(Window(file, start, length)) as archive:
-                pickled, storages, byte_order = read_members(archive, path, length)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a damaged zip makes its reader stumble over
-        reason = what_became_of(path) or f" ({error}); download it again"
-        raise UserError(f"{path} is not a readable PyTorch checkpoint{reason}") from error
-    if byte_order not in (None, b"little"):
-        raise UserError(f"{path} must be little-endian, got byte order {byte_order!r}; save it again on this machine")
-    return TensorUnpickler(path, pickled), {key: (start + at, size) for key, (at, size) in storages.items()}
+        return read_pickle(pickled), storages
+    except Forbidden as error:
+        raise forbidden(path, error) from error
+    except (Damaged, UnicodeDecodeError) as error:
+        raise UserError(f"the list of tensors in {path} is damaged ({shown(error)}); download it again") from error
 
 
-def place(tensor: Described, storages: dict[str, tuple[int, int]], file: SourceFile, name: str) -> StoredTensor:
+def tensors_of(state, path: Path) -> dict[str, Tensor]:
+    """Return the tensors by name, without tables of RoPE of a type that is not read.
+
+    Raises:
+        UserError: there is something else.
+    """
+    if type(state) is not dict:
+        raise UserError(f"{path} must hold a dictionary of tensors, got {type(state).__name__}")
+    nested = [state[key] for key in STATE_KEYS if type(state.get(key)) is dict]
+    tensors = {}
+    for name, value in (nested[0] if nested else state).items():
+        if type(name) is not str or type(value) is not Tensor:
+            got = f"{type(value).__name__} {quoted(name)}"
+            raise UserError(f"{path} must hold nothing but tensors by name, got {got}")
+        if value.kind.name in BY_STORAGE:
+            tensors[name] = value
+        elif not is_rope_table(name):
+            kinds = sorted(dtype.name for dtype in BY_STORAGE.values())
+            raise UserError(f"{path} holds tensors of type {shown(value.kind.name)}; only {kinds} can be converted")
+    return tensors
+
+
+def place(tensor: Tensor, storages: dict[str, tuple[int, int]], source: SourceFile, name: str) -> StoredTensor:
     """Say where a tensor lies, having checked that it lies within its storage."""
-    dtype, key, first, shape, strides = tensor
-    path, name = file.path, shown(name)
+    dtype, shape, strides = BY_STORAGE[tensor.kind.name], tensor.shape, tensor.strides
+    path, label, key = source.path, shown(name), tensor.storage.key
     if key not in storages:
-        raise UserError(f"{path} names the storage {quoted(key)} of {name} but does not hold it; download it again")
+        raise UserError(f"{path} names the storage {quoted(key)} of {label} but does not hold it; download it again")
     start, size = storages[key]
-    reach = first + sum((length - 1) * step for length, step in zip(shape, strides, strict=True)) + 1
-    needed = max(reach, math.prod(shape)) * dtype.itemsize  # the product, too: a stride of 0 reaches nowhere
-    if min(first, *shape, *strides, 0) < 0 or needed > size:
-        raise UserError(f"{name} {list(shape)} in {path} must fit its storage of {size} bytes, needs {needed}")
-    return StoredTensor(file, dtype, shape, start + first * dtype.itemsize, strides)
+    reach = tensor.first + sum((length - 1) * step for length, step in zip(shape, strides, strict=True)) + 1
+    # The product, too: a stride of 0 reaches nowhere
+    needed = max(reach, math.prod(shape)) * dtype.itemsize
+    if min(tensor.first, *shape, *strides, 0) < 0 or needed > size:
+        rule = f"must fit its storage of {size} bytes"
+        raise UserError(f"{label} {quoted(list(shape))} in {path} {rule}, needs {needed}")
+    return StoredTensor(source, dtype, shape, start + tensor.first * dtype.itemsize, strides)
 
 
 class Window(io.RawIOBase):
@@ -113,34 +158,6 @@ class Window(io.RawIOBase):
         buffer[: len(content)] = content
         self.at += len(content)
         return len(content)
-
-
-def read_members(archive: zipfile.ZipFile, path: Path, end: int):
-    """Return the pickle, where each storage lies as {key: (offset, bytes)}, and the byte order where it is told."""
-    members = {info.filename: info for info in archive.infolist()}
-    pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise UserError(f"{path} must hold one pickle of tensors, got {len(pickles)}; it is no PyTorch checkpoint")
-    if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
-        size = members[pickles[0]].file_size
-        raise UserError(f"the list of tensors in {path} must be at most {MAX_PICKLE_BYTES} bytes, got {size}")
-    prefix = pickles[0].removesuffix("data.pkl")
-    storages = {}
-    for name, info in members.items():
-        if not name.startswith(f"{prefix}data/"):
-            continue
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise UserError(f"{name} in {path} must be stored uncompressed; save the checkpoint again with torch.save")
-        archive.fp.seek(info.header_offset)
-        header = LOCAL_HEADER.unpack(archive.fp.read(LOCAL_HEADER.size))
-        storages[name.removeprefix(f"{prefix}data/")] = (
-            info.header_offset + LOCAL_HEADER.size + header[-2] + header[-1],
-            info.file_size,
-        )
-    if any(offset + size > end for offset, size in storages.values()):
-        raise UserError(f"{path} is truncated at {end} bytes; download it again")
-    byte_order = archive.read(f"{prefix}byteorder") if f"{prefix}byteorder" in members else None
-    return archive.read(pickles[0]), storages, byte_order
 
 
 class PthLayout:

@@ -1,124 +1,308 @@
-"""The pickle in a file of torch's, interpreted by a machine that can build nothing but descriptions of tensors.
+"""The pickle of a checkpoint, read as data: the few instructions that torch.save writes for tensors by their names.
 
-A hostile one can neither run code nor make the reader allocate.
+No code is called, and every part of a stream is bounded before it is built: a value counts as many leaves as one that
+walks it would meet, so that nothing can hold itself or grow by being named twice. What is not in the tables below is
+refused by its name. Source of the instructions: Python 3.11, Lib/pickletools.py.
 """
 
-import collections
-import io
-import pickle
 import pickletools
-from typing import NamedTuple
+import re
+import struct
+from typing import Any, NamedTuple
 
 from hf_llama3.errors import UserError, quoted, shown
 
-from .names import is_rope_table
-from .storage import BY_STORAGE, Dtype
+MAX_PICKLE_BYTES = 2 * 2**20  # the 405B's is 0.3 MB a shard
+MAX_DEPTH = 16  # a checkpoint of an optimiser has seven
+MAX_NAME = 200  # bytes, of a module or what is in it
+STRUCTS = {letter: struct.Struct(letter) for letter in ("<B", "<H", "<i", "<L", ">d")}
+TYPES = re.compile(r"[A-Z]\w{2,20}Storage|(b?float|u?int|complex|q?u?int)\d{1,3}(_\w{1,20})?|bool", re.ASCII)
+ORDERED_DICT = ("collections", "OrderedDict")
+REBUILD = {
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_tensor_v3"),  # of a type without a storage class: float8, ...
+    ("torch._utils", "_rebuild_parameter"),
+}
 
-MAX_PICKLE_BYTES = 64 * 2**20  # the 405B's is 0.3 MB a shard
-# Where trainers keep the weights beside the state of their run.
-STATE_KEYS = ("model", "state_dict", "model_state_dict", "module", "weights")
-OTHER_SIZES = {"LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1}
-OTHER_SIZES |= {"BoolStorage": 1, "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16}
+
+class Global(NamedTuple):
+    """Name what a pickle would import."""
+
+    module: str
+    name: str
+
+    @property
+    def is_type(self) -> bool:
+        """Whether it is a type of elements or the storage of one."""
+        if self.module == "torch.storage":
+            return self.name in ("UntypedStorage", "TypedStorage")
+        return self.module == "torch" and TYPES.fullmatch(self.name) is not None
 
 
-class Described(NamedTuple):
-    """A tensor of a pickle; of a type that is not read, the type is torch's name."""
+class Storage(NamedTuple):
+    kind: Global
+    key: str
+    elements: int
 
-    dtype: Dtype | str
-    key: str  # of its storage
+
+class Tensor(NamedTuple):
+    storage: Storage
     first: int  # element of the storage
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    strides: tuple[int, ...]  # elements
+    dtype: Global | None = None  # where the storage has none
+
+    @property
+    def kind(self) -> Global:
+        return self.dtype or self.storage.kind
 
 
-def check_memo(pickled: bytes):
-    """Raise if a memo index sizes a table: no honest one exceeds the number of bytes that could have filled it."""
-    for opcode, argument, _ in pickletools.genops(pickled):
-        if "PUT" in opcode.name and argument is not None and argument > len(pickled):
-            raise pickle.UnpicklingError(f"memo index {argument}")
+class Damaged(ValueError):
+    """Say what no pickle of tensors holds."""
 
 
-class TensorUnpickler(pickle.Unpickler):
-    """Interpret a pickle that can only build a dictionary of tensor descriptions, or one tensor's."""
+class Forbidden(ValueError):
+    """Name what a pickle asks to run."""
 
-    def __init__(self, path, pickled: bytes):
-        super().__init__(io.BytesIO(pickled))
-        self.path = path
-        self.pickled = pickled
-        self.built = None
-        self.storages = {}  # key -> (type, elements), as the tensors say
+
+class Read(NamedTuple):
+    """What a pickle describes: numbers, texts, tuples, lists and dictionaries, `Storage` and `Tensor`."""
+
+    value: Any
+    end: int  # where the pickle ends
+    storages: dict[str, Storage]  # all that it names, by their keys
+
+
+def read_pickle(content: bytes, start: int = 0) -> Read:
+    """Return what the pickle that begins at `start` describes.
+
+    Raises:
+        Damaged: it is more, or not whole.
+        Forbidden: it asks for anything that is not in the tables.
+    """
+    machine = Machine(content, start)
+    return Read(machine.run(), machine.at, machine.storages)
+
+
+def forbidden(path, error: Forbidden) -> UserError:
+    return UserError(f"{path} asks to run {shown(error)}, which no checkpoint needs; do not trust this file")
+
+
+class Machine:
+    """Read one pickle; each method does what the instruction of its name in `INSTRUCTIONS` says."""
+
+    def __init__(self, content: bytes, start: int):
+        self.content, self.at = content, start
+        self.stack, self.marks, self.memo, self.storages = [], [], {}, {}
+        self.measures = {}  # id of a tuple, list or dictionary -> (leaves, depth); absent: (1, 1)
+        self.placed = set()  # ids of lists and dictionaries that lie in another value, and change no more
 
     def run(self):
-        """Return what the pickle builds, the first time by reading it.
+        while True:
+            code = self.take(1)
+            if code == b".":
+                break
+            instruction = INSTRUCTIONS.get(code)
+            if instruction is None:
+                known = pickletools.code2op.get(code.decode("latin-1"))
+                raise Damaged(f"it holds {known.name if known else quoted(code)}, which torch.save does not write")
+            instruction(self)
+        if len(self.stack) != 1 or self.marks:
+            raise Damaged(f"it ends with {len(self.stack)} values")
+        return self.stack[0]
 
-        Raises:
-            UserError: it is damaged, or would build something else.
-        """
-        if self.built is not None:
-            return self.built
-        try:
-            check_memo(self.pickled)
-            self.built = self.load()
-            return self.built
-        except UserError:
-            raise
-        except Exception as error:  # whatever a damaged pickle makes the machine stumble over
-            raise UserError(
-                f"the list of tensors in {self.path} is damaged ({shown(error)}); download it again"
-            ) from error
+    # The stream
 
-    def load_tensors(self) -> dict[str, Described]:
-        """Return the tensors by name, without tables of RoPE of whatever type."""
-        state = self.run()
-        if not isinstance(state, dict):
-            raise UserError(f"{self.path} must hold a dictionary of tensors, got {type(state).__name__}")
-        nested = [state[key] for key in STATE_KEYS if isinstance(state.get(key), dict)]
-        tensors = {}
-        for name, value in (nested[0] if nested else state).items():
-            if not (isinstance(name, str) and isinstance(value, Described)):
-                got = f"{type(value).__name__} {quoted(name)}"
-                raise UserError(f"{self.path} must hold nothing but tensors by name, got {got}")
-            if not is_rope_table(name) or isinstance(value.dtype, Dtype):
-                tensors[name] = self.require_type(value)
-        return tensors
+    def take(self, count: int) -> bytes:
+        part = self.content[self.at : self.at + count]
+        if len(part) < count:
+            raise Damaged("it ends too early")
+        self.at += count
+        return part
 
-    def find_class(self, module, name):
-        allowed = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): describe_tensor,
-            # for types without a storage class: float8, ...
-            ("torch._utils", "_rebuild_tensor_v3"): describe_untyped,
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *unused: tensor,
-            ("torch.storage", "UntypedStorage"): None,
-        }
-        if module == "torch":
-            return BY_STORAGE.get(name, name)
-        if (module, name) not in allowed:
-            wanted = shown(f"{module}.{name}")
-            raise UserError(f"{self.path} asks to run {wanted}, which no checkpoint needs; do not trust this file")
-        return allowed[module, name]
+    def number(self, kind: str):
+        (value,) = STRUCTS[kind].unpack(self.take(STRUCTS[kind].size))
+        return value
 
-    def persistent_load(self, pid):
-        kind, dtype, key, _, elements = pid[:5]
-        if kind != "storage" or not isinstance(key, str) or not isinstance(dtype, Dtype | str | None):
-            raise pickle.UnpicklingError(f"persistent id {quoted(pid)}")
-        self.storages[key] = (dtype, elements)
-        return dtype, key, elements
+    def line(self) -> str:
+        end = self.content.find(b"\n", self.at, self.at + MAX_NAME + 1)
+        if end < 0:
+            raise Damaged("a name in it has no end")
+        encoded = self.take(end - self.at)
+        self.at += 1
+        return encoded.decode()
 
-    def require_type(self, tensor: Described) -> Described:
-        if not isinstance(tensor.dtype, Dtype):
-            kinds = sorted(dtype.name for dtype in BY_STORAGE.values())
-            raise UserError(f"{self.path} holds tensors of type {shown(tensor.dtype)}; only {kinds} can be converted")
-        return tensor
+    # The stack
+
+    def pop(self):
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise Damaged("it takes a value where there is none")
+        return self.stack.pop()
+
+    def pop_to_mark(self) -> list:
+        if not self.marks:
+            raise Damaged("it goes back to a mark where there is none")
+        start = self.marks.pop()
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
+
+    def top(self, kind: type):
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0) or type(self.stack[-1]) is not kind:
+            raise Damaged(f"it adds to a {kind.__name__} where there is none")
+        if id(self.stack[-1]) in self.placed:
+            raise Damaged(f"it adds to a {kind.__name__} that another value holds")
+        return self.stack[-1]
+
+    # Values
+
+    def grow(self, container, values):
+        """Count the leaves and the depth of a container to which values were added."""
+        leaves, depth = self.measures.get(id(container), (1, 1))
+        for value in values:
+            if type(value) in (tuple, list, dict):
+                if type(value) is not tuple:
+                    self.placed.add(id(value))
+                own, deep = self.measures.get(id(value), (1, 1))
+                leaves, depth = leaves + own, max(depth, deep + 1)
+            else:
+                leaves += 1
+        if id(container) in self.placed or leaves > len(self.content) or depth > MAX_DEPTH:
+            raise Damaged("its values hold one another more often or deeper than tensors' do")
+        self.measures[id(container)] = leaves, depth
+
+    def push_new(self, container):
+        self.measures.pop(id(container), None)  # of one that is gone
+        self.placed.discard(id(container))
+        self.stack.append(container)
+
+    def push_tuple(self, values):
+        made = tuple(values)
+        if made:
+            self.measures.pop(id(made), None)
+            self.grow(made, made)
+        self.stack.append(made)
+
+    def add_items(self, flat: list):
+        made = self.top(dict)
+        if len(flat) % 2:
+            raise Damaged("a key in it has no value")
+        for key, value in zip(flat[::2], flat[1::2], strict=True):
+            if type(key) not in (str, int):
+                raise Damaged(f"a key in it is a {type(key).__name__}")
+            if key in made:
+                raise Damaged(f"it holds the key {quoted(key)} twice")
+            made[key] = value
+        self.grow(made, flat)
+
+    def add_elements(self, values: list):
+        self.top(list).extend(values)
+        self.grow(self.stack[-1], values)
+
+    # Instructions
+
+    def proto(self):
+        if (version := self.number("<B")) != 2:
+            raise Damaged(f"it has the protocol {version}, and torch.save writes 2")
+
+    def put(self, index: int):
+        if index > len(self.content):
+            raise Damaged(f"memo index {index}")
+        value = self.pop()
+        self.stack.append(value)
+        self.memo[index] = value
+
+    def get(self, index: int):
+        if index not in self.memo:
+            raise Damaged(f"memo index {index}")
+        self.stack.append(self.memo[index])
+
+    def text(self):
+        self.stack.append(self.take(self.number("<L")).decode())
+
+    def long(self):
+        size = self.number("<B")
+        if size > 10:  # the number that the format from before torch 1.6 begins with
+            raise Damaged(f"a number in it has {size} bytes")
+        self.stack.append(int.from_bytes(self.take(size), "little", signed=True))
+
+    def find_global(self):
+        found = Global(self.line(), self.line())
+        if not (found.is_type or found == ORDERED_DICT or found in REBUILD):
+            raise Forbidden(f"{found.module}.{found.name}")
+        self.stack.append(found)
+
+    def find_storage(self):
+        pid = self.pop()
+        match pid:
+            case ("storage", Global() as kind, str() as key, str(), int() as elements, *rest):
+                storage = Storage(kind, key, elements)
+                known = self.storages.setdefault(key, storage) == storage
+                if type(pid) is tuple and rest in ([], [None]) and kind.is_type and known:
+                    self.stack.append(storage)
+                    return
+        raise Damaged("it names a storage otherwise than torch.save does")
+
+    def reduce(self):
+        arguments, function = self.pop(), self.pop()
+        if type(arguments) is not tuple or type(function) is not Global:
+            raise Damaged("it calls what is no function")
+        if function == ORDERED_DICT and not arguments:
+            self.push_new({})
+        elif function.name == "_rebuild_parameter" and arguments and type(arguments[0]) is Tensor:
+            self.stack.append(arguments[0])
+        elif function in REBUILD and function.name != "_rebuild_parameter":
+            self.stack.append(describe_tensor(arguments, function.name.endswith("v3")))
+        else:
+            raise Damaged(f"it calls {function.module}.{function.name} otherwise than torch.save does")
+
+    def build(self):
+        state = self.pop()
+        if type(state) is not dict:  # `_metadata`, which modules leave at their state_dict
+            raise Damaged("it sets the state of a value otherwise than torch.save does")
+        self.top(dict)
 
 
-def describe_tensor(storage, first, shape, strides, *unused, dtype=None) -> Described:
-    stored, key, _ = storage
-    numbers = (first, *shape, *strides)
-    if not all(type(number) is int for number in numbers) or len(shape) != len(strides):
-        raise pickle.UnpicklingError(f"shape {quoted(shape)} with strides {quoted(strides)}")
-    return Described(dtype or stored, key, first, tuple(shape), tuple(strides))
+def describe_tensor(arguments: tuple, with_type: bool) -> Tensor:
+    match arguments:
+        case (Storage() as storage, int() as first, tuple() as shape, tuple() as strides, bool(), dict(), *rest):
+            numbers, dtype = (first, *shape, *strides), rest[0] if with_type and rest else None
+            is_typed = type(dtype) is Global and dtype.is_type if with_type else True
+            if all(type(one) is int for one in numbers) and len(shape) == len(strides) <= 32 and is_typed:
+                return Tensor(storage, first, shape, strides, dtype)
+    raise Damaged("it describes a tensor otherwise than torch.save does")
 
 
-def describe_untyped(storage, first, shape, strides, requires_grad, hooks, dtype, *unused) -> Described:
-    return describe_tensor(storage, first, shape, strides, dtype=str(dtype))
+# All that torch.save writes for a dictionary of tensors, and of numbers and texts beside them
+INSTRUCTIONS = {
+    b"\x80": Machine.proto,
+    b"(": lambda self: self.marks.append(len(self.stack)),
+    b"q": lambda self: self.put(self.number("<B")),
+    b"r": lambda self: self.put(self.number("<L")),
+    b"h": lambda self: self.get(self.number("<B")),
+    b"j": lambda self: self.get(self.number("<L")),
+    b"N": lambda self: self.stack.append(None),
+    b"\x88": lambda self: self.stack.append(True),
+    b"\x89": lambda self: self.stack.append(False),
+    b"J": lambda self: self.stack.append(self.number("<i")),
+    b"K": lambda self: self.stack.append(self.number("<B")),
+    b"M": lambda self: self.stack.append(self.number("<H")),
+    b"\x8a": Machine.long,
+    b"G": lambda self: self.stack.append(self.number(">d")),
+    b"X": Machine.text,
+    b")": lambda self: self.push_tuple([]),
+    b"\x85": lambda self: self.push_tuple([self.pop()]),
+    b"\x86": lambda self: self.push_tuple([self.pop(), self.pop()][::-1]),
+    b"\x87": lambda self: self.push_tuple([self.pop(), self.pop(), self.pop()][::-1]),
+    b"t": lambda self: self.push_tuple(self.pop_to_mark()),
+    b"]": lambda self: self.push_new([]),
+    b"a": lambda self: self.add_elements([self.pop()]),
+    b"e": lambda self: self.add_elements(self.pop_to_mark()),
+    b"}": lambda self: self.push_new({}),
+    b"s": lambda self: self.add_items([self.pop(), self.pop()][::-1]),
+    b"u": lambda self: self.add_items(self.pop_to_mark()),
+    b"c": Machine.find_global,
+    b"Q": Machine.find_storage,
+    b"R": Machine.reduce,
+    b"b": Machine.build,
+}

@@ -5,18 +5,19 @@ the storages; then, for each key, the count of its elements and the elements. So
 torch/serialization.py, `_legacy_save`.
 """
 
-import io
 import pickle
-import pickletools
 from pathlib import Path
 
 from hf_llama3.errors import UserError, quoted, shown
 
-from .storage import Dtype
-from .unpickle import MAX_PICKLE_BYTES, OTHER_SIZES, TensorUnpickler
+from .storage import BY_STORAGE
+from .unpickle import MAX_PICKLE_BYTES, Damaged, Forbidden, Read, forbidden, read_pickle
 
 MAGIC = 0x1950A86A20F9469CFC6C
 COUNT_BYTES = 8
+SIZES = {"LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1}
+SIZES |= {"BoolStorage": 1, "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16}
+SIZES |= {name: dtype.itemsize for name, dtype in BY_STORAGE.items()}
 
 
 def is_unzipped(path: Path) -> bool:
@@ -25,51 +26,45 @@ def is_unzipped(path: Path) -> bool:
         return file.read(1) == pickle.PROTO
 
 
-def read_unzipped(path: Path):
-    """Return the unpickler of the tensors, which has been run, and where each storage lies: {key: (offset, bytes)}.
+def read_unzipped(path: Path) -> tuple[Read, dict[str, tuple[int, int]]]:
+    """Return what the pickle of the tensors describes, and where each storage lies: {key: (offset, bytes)}.
 
     Raises:
         UserError: it is another pickle, or damaged.
     """
     with open(path, "rb") as file:
-        start = file.read(MAX_PICKLE_BYTES)
-        magic, version, machine, tensors, keys = split_pickles(start, path)
-        told = [TensorUnpickler(path, one).run() for one in (magic, version, machine, keys)]
-        number, _, machine_told, names = told
-        if number != MAGIC:
+        magic, _, machine, tensors, keys = read_pickles(file.read(MAX_PICKLE_BYTES), path)
+        if magic.value != MAGIC:
             raise UserError(f"{path} is a pickle, but none of torch.save's; save the model's state_dict by torch.save")
-        if not isinstance(machine_told, dict) or not machine_told.get("little_endian", True):
+        if type(machine.value) is not dict or machine.value.get("little_endian", True) is not True:
             raise UserError(f"{path} must be little-endian; save it again on this machine")
-        unpickler = TensorUnpickler(path, tensors)
-        unpickler.run()
-        storages, at, end = {}, sum(map(len, (magic, version, machine, tensors, keys))), path.stat().st_size
-        for key in names if isinstance(names, list) else []:
-            dtype, elements = unpickler.storages.get(key, (None, None)) if isinstance(key, str) else (None, None)
-            itemsize = dtype.itemsize if isinstance(dtype, Dtype) else OTHER_SIZES.get(dtype)
+        storages, at, end = {}, keys.end, path.stat().st_size
+        for key in keys.value if type(keys.value) is list else []:
+            storage = tensors.storages.get(key) if type(key) is str and key not in storages else None
+            itemsize = SIZES.get(storage.kind.name) if storage else None
             file.seek(at)
             count = int.from_bytes(file.read(COUNT_BYTES), "little")
-            if itemsize is None or count != elements:
+            if itemsize is None or count != storage.elements:
                 raise UserError(f"the storage {quoted(key)} of {path} is damaged or of an unknown type; save it again")
             storages[key] = (at + COUNT_BYTES, count * itemsize)
             at += COUNT_BYTES + count * itemsize
             if at > end:
                 raise UserError(f"{path} is truncated at {end} bytes; download it again")
-    return unpickler, storages
+    return tensors, storages
 
 
-def split_pickles(start: bytes, path: Path) -> list[bytes]:
-    """Cut the five pickles that a file begins with apart.
+def read_pickles(start: bytes, path: Path) -> list[Read]:
+    """Read the five pickles that a file begins with.
 
     Raises:
         UserError: there are not five.
     """
-    stream, pickles = io.BytesIO(start), []
+    found = [Read(None, 0, {})]
     try:
         for _ in range(5):
-            begin = stream.tell()
-            for _ in pickletools.genops(stream):
-                pass
-            pickles.append(start[begin : stream.tell()])
-    except Exception as error:  # whatever a damaged pickle makes the reader stumble over
+            found.append(read_pickle(start, found[-1].end))
+    except Forbidden as error:
+        raise forbidden(path, error) from error
+    except (Damaged, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable PyTorch checkpoint ({shown(error)}); download it again") from error
-    return pickles
+    return found[1:]
