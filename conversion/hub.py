@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from hf_llama3.errors import UserError, without_password
+from hf_llama3.errors import UserError, without_password, words_of
 
 from .config.hf import read_config
 from .config.params import read_params
@@ -204,7 +204,7 @@ def explain(error: BaseException, name: HubName) -> str:
         case errors.LocalEntryNotFoundError():
             return f"{name.repo} cannot be fetched, {cached}; try again with a connection"
         case _:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or words_of(error)
             return f"{name.repo} cannot be fetched into {constants.HF_HUB_CACHE}: {reason}; try again"
 
 

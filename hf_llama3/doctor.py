@@ -10,7 +10,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from .cpu import processor
-from .errors import without_password
+from .errors import without_password, words_of
 
 PACKAGE = "hf_llama3"
 
@@ -81,7 +81,7 @@ def examine() -> Report:
     except (ImportError, OSError) as error:  # OSError: a library that it is linked with is missing
         torch = None
         if version_of("torch"):
-            problems.append(f"torch cannot be imported ({str(error).splitlines()[0]}); install it again")
+            problems.append(f"torch cannot be imported ({words_of(error)}); install it again")
     hub, cache = examine_hub()
     return Report(
         versions={"Python": platform.python_version(), PACKAGE: metadata.version(PACKAGE)}

@@ -44,6 +44,14 @@ def one_line(sentence: str) -> str:
     return shown(re.sub(r"\S{201,}", lambda word: shown(word[0]), sentence), MOST_OF_A_SENTENCE)
 
 
+def words_of(error: BaseException) -> str:
+    """Return what a library's error says, all its lines as one, since the first often says that and the second why.
+
+    What PyTorch's C++ adds of itself, a list of addresses, is left out; of an error that says nothing the kind is said.
+    """
+    return " ".join(str(error).split("Exception raised from")[0].split()) or type(error).__name__
+
+
 def for_terminal(text: str) -> str:
     """Return a text of any number of lines with nothing in it that a terminal would act on."""
     return ACTING.sub(lambda found: escape(found[0]), text)

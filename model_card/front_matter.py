@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, words_of
 
 from .licenses import IDENTIFIERS
 
@@ -50,7 +50,7 @@ def read_front_matter(content: str, path: Path) -> dict:
         node, value = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or words_of(error)
         raise UserError(f"{path}, line {mark.line + 2 if mark else 1}: {problem}; mend the YAML there") from error
     if value is None:
         return {}

@@ -9,7 +9,7 @@ from hf_llama3.conversion.formats.hf import INDEX
 from hf_llama3.conversion.opening import open_checkpoint
 from hf_llama3.conversion.provenance import PROVENANCE, read_provenance
 from hf_llama3.conversion.tokenizer.rows import require_rows
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, words_of
 from hf_llama3.files.facts import CURVES_FILE, EVALUATIONS, TRAINING_FACTS
 from hf_llama3.files.hashes import CHECKSUMS, check_sums
 from hf_llama3.files.json import read_json
@@ -109,7 +109,7 @@ def check_loads(folder: Path):
         if (folder / "tokenizer_config.json").exists():
             AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each library raises its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = words_of(error)
         raise UserError(f"{folder} cannot be loaded by transformers ({reason}); mend that first") from error
 
 

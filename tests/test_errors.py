@@ -11,7 +11,7 @@ from command_line import call
 from safetensors.torch import load_file, save_file
 
 from hf_llama3.conversion import inspect
-from hf_llama3.errors import UserError, for_terminal, quoted, shown
+from hf_llama3.errors import UserError, for_terminal, quoted, shown, words_of
 
 TITLE, CLIPBOARD, TURNED, BROKEN = "\x1b]0;owned\x07", "\x9d52;c;cm0gLXJm\x9c", "\u202egnp.", "a\r\nerror: b\u2028c\x85"
 NASTY = f"{TITLE}{CLIPBOARD}{TURNED}{BROKEN}" + "very long " * 10_000
@@ -158,3 +158,18 @@ def test_a_name_of_a_folder_that_holds_no_checkpoint(tmp_path):
     with pytest.raises(UserError) as info:
         inspect(tmp_path)
     assert is_one_line(str(info.value))
+
+
+def test_a_library_says_why_on_its_second_line():
+    error = OSError("a folder is not what it should be.\n\n  It lacks a file: add it.\nException raised from x.cpp")
+    assert words_of(error) == "a folder is not what it should be. It lacks a file: add it."
+    assert words_of(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_a_configuration_that_cannot_be_loaded_is_told_whole(tmp_path):
+    hf_model().save_pretrained(tmp_path / "hf")
+    shutil.copy(small_tokenizer(tmp_path), tmp_path / "hf" / "tokenizer.model")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"attention_dropout": "much"}))
+    code, _, said = call("generate", tmp_path / "hf", "hi")
+    assert code == 2 and "Validation error for field 'attention_dropout': TypeError: " in said and "'much'" in said

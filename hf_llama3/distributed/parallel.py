@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, DistributedConfig, PretrainedConfig, PreTrainedModel
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, words_of
 
 from . import PARALLEL
 
@@ -121,7 +121,7 @@ def join(mode: str | None) -> Iterator[Group]:
         if store.add("errors", 1) > 1:
             os._exit(2)  # another process has said what is wrong; exchanges with it would never end
         if not isinstance(error, UserError) and is_lost(error):
-            raise UserError(f"another process was lost ({str(error).splitlines()[0]}); see above why") from error
+            raise UserError(f"another process was lost ({words_of(error)}); see above why") from error
         raise
 
 

@@ -19,7 +19,7 @@ from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.conversion.checkpoint import Checkpoint
 from hf_llama3.conversion.hub import described
 from hf_llama3.conversion.opening import open_checkpoint
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, words_of
 from hf_llama3.files.atomic import system_errors
 from hf_llama3.files.picture import draw_bars
 
@@ -119,7 +119,7 @@ def config_and_dtype(checkpoint: Checkpoint) -> tuple[PretrainedConfig, torch.dt
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except Exception as error:  # the library raises what it likes
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {words_of(error)}"
         raise UserError(f"{checkpoint.path}/config.json cannot be loaded ({reason}); mend it") from error
     return config, config.dtype or stored
 

@@ -14,7 +14,7 @@ from hf_llama3.cpu import QUANTIZATIONS
 from hf_llama3.cpu.optimization import optimize
 from hf_llama3.distributed.parallel import Group, number_own_layers
 from hf_llama3.distributed.placement import check_here, config_and_dtype, place
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, words_of
 from hf_llama3.files.atomic import is_unfinished
 from hf_llama3.files.json import read_json
 
@@ -115,7 +115,7 @@ def read_tokenizer(name: str, config: PretrainedConfig | None = None):
     try:
         return AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise UserError(f"the tokenizer of {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the tokenizer of {name} cannot be loaded: {words_of(error)}") from error
 
 
 @contextlib.contextmanager
@@ -126,4 +126,4 @@ def loading(name: str):
     except UserError:
         raise
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        raise UserError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name} cannot be loaded: {words_of(error)}") from error

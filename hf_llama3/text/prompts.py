@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from hf_llama3.cpu.optimization import quantization_of
 from hf_llama3.distributed.parallel import Group
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, words_of
 from hf_llama3.files.atomic import in_the_way, sync, system_errors, write_files
 from hf_llama3.files.hashes import hash_file
 from hf_llama3.files.json import read_json, to_json
@@ -80,7 +80,7 @@ def complete_share(model, tokenizer, block, job: Job, batch_size: int, group: Gr
                 model, tokenizer, texts, rows, job.max_new_tokens, job.temperature, job.top_p, seed, job.stop
             )
         except torch.OutOfMemoryError as error:
-            needed = f"{len(texts)} prompts need more memory than there is ({str(error).splitlines()[0]})"
+            needed = f"{len(texts)} prompts need more memory than there is ({words_of(error)})"
             raise UserError(f"{needed}; lower --batch-size or --max-new-tokens") from error
         found += zip(numbers, completions, strict=True)
     return found

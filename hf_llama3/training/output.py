@@ -12,7 +12,7 @@ from hf_llama3.conversion import convert
 from hf_llama3.conversion.checkpoint import Checkpoint
 from hf_llama3.conversion.config.hf import make_portable
 from hf_llama3.conversion.provenance import PROVENANCE
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, words_of
 from hf_llama3.files.atomic import is_taken, parent_of, system_errors, write_files
 from hf_llama3.files.facts import CURVES_FILE, TRAINING_FACTS
 from hf_llama3.files.json import read_json, to_json
@@ -88,13 +88,13 @@ def run_errors(output: Path):
         try:
             yield
         except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
+            reason = words_of(error)
             remedy = "lower --batch-size, raise --accumulate, or add --checkpointing"
             raise UserError(f"{output} needs more memory than there is ({reason}); {remedy}") from error
         except (SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(words_of(error)) from error
 
 
 def finish_run(trainer, output: Path, tokenizer_files: dict[str, bytes], source: Checkpoint | None, report):
