@@ -32,7 +32,7 @@ class Checkpoint:
     tensors: dict[str, list[StoredTensor]] = field(repr=False)  # by Hugging Face's names, one for each shard
     tokenizer: Path | None
     tokenizer_kind: str | None  # "tiktoken", "sentencepiece" or "tokenizer.json"
-    version: str  # of Llama: "2", "3.0", "3.1", "3.2" or "3.3"
+    version: str  # of Llama: "2", "3.0", "3.1", "3.2", "3.3" or "unknown"
     instruct: bool
     special_tokens: list[str] | None  # in the order of their ids; None where the tokenizer's own file names them
     chat_template: str | None  # the default one, where it is another than Llama 3's

@@ -71,7 +71,7 @@ def open_both(source, target) -> tuple[Checkpoint, Checkpoint]:
             continue
     factors = [checkpoint.config["rope_parameters"].get("factor") for checkpoint in opened.values()]
     # Where neither file says it, the factor cannot differ between them, and tensors do not depend on it.
-    factor = next(iter(factors), None) or 8.0
+    factor = next(iter(factors), 8.0) or 1.0
     return tuple(opened.get(path) or open_checkpoint(path, rope_factor=factor) for path in (source, target))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from hf_llama3.conversion import CheckpointInfo, inspect
+from hf_llama3.conversion.config.params import UNKNOWN_VERSION
 from hf_llama3.conversion.provenance import read_evaluations, read_provenance, read_training
 from hf_llama3.errors import UserError
 from hf_llama3.files.atomic import system_errors, write_file
@@ -64,7 +65,7 @@ def build_card(
     training = read_training(folder)
     front_matter = {"license": license, "library_name": "transformers", "pipeline_tag": TASKS[info.head]}
     front_matter |= base_model_of(provenance, training)
-    tags = ["llama", *(["llama-3"] if version != "2" else [])]
+    tags = ["llama", *(["llama-3"] if version.startswith("3") or training else [])]
     front_matter |= {key: value for key, value in written.items() if key != "license"}
     front_matter["tags"] = [*tags, *(tag for tag in as_list(written.get("tags")) if tag not in tags)]
     template = (Path(__file__).parent / "template.md").read_text("utf-8")
@@ -75,7 +76,7 @@ def build_card(
         terms=[META[one] for one in as_list(license) if one in META],
         yours="\n".join((MARKS[0], written_by_user(existing, place) or "", MARKS[1])),
         info=info,
-        version=version.removesuffix(".0"),
+        llama="Llama" if version == UNKNOWN_VERSION else f"Llama {version.removesuffix('.0')}",
         non_embedding=info.num_parameters - embeddings_of(info),
         own_type=carries_code(folder),
         tokenizer=tokenizer_of(folder, info.config),

@@ -34,6 +34,7 @@ PASSED_ON = {  # written as they are found, or as every Llama has them
 }
 LLAMA3_SCALING = tuple(llama3_scaling(8.0))[1:]  # its keys, without the type
 PACKED = "hf_llama3"  # `quant_method` in the configuration of a folder that `hf-llama3 pack` made
+ORIGINAL = "original_max_position_embeddings"
 LABEL_KEYS = ("id2label", "label2id", "problem_type")  # of a classifier
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys that are written anew, from what is read above and from the target.
@@ -42,8 +43,17 @@ WRITTEN_ANEW += (*GEOMETRY, *PASSED_ON, *TOKEN_IDS, "tie_word_embeddings")
 WRITTEN_ANEW += ("rope_parameters", "rope_theta", "rope_scaling")
 
 
-def read_config(path: Path) -> dict:
+# What transformers 5.23 and this package's class take where config.json does not say.
+UNSAID = {
+    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2},
+    "llama3": {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "bos_token_id": 128000, "eos_token_id": 128001},
+}
+
+
+def read_config(path: Path, inferred: list[str] | None = None) -> dict:
     """Read a config.json of type llama or llama3 into the one spelling that this package uses.
+
+    What is missing or contradicts itself is taken as transformers takes it, and added to `inferred`.
 
     Returns:
         Every key of `GEOMETRY`, `TOKEN_IDS` and `PASSED_ON`, `rope_parameters` and `tie_word_embeddings`; of another
@@ -64,6 +74,11 @@ def read_config(path: Path) -> dict:
     if raw.get("hidden_act", PASSED_ON["hidden_act"]) != PASSED_ON["hidden_act"]:
         raise UserError(f"`hidden_act` in {path} must be 'silu' as in every Llama, got {raw['hidden_act']!r}")
 
+    inferred = [] if inferred is None else inferred
+    for key, value in UNSAID[kind].items():
+        if key not in raw or (raw[key] is None and key == "max_position_embeddings"):
+            raw[key] = value
+            inferred.append(f"`{key}` {value:g}: {path.name} does not say it, and transformers takes that")
     config = {key: raw.get(key) for key in GEOMETRY}
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
@@ -78,13 +93,25 @@ def read_config(path: Path) -> dict:
         reason = "since RoPE turns pairs of channels"
         raise UserError(f"`head_dim` in {path} must be even, {reason}, got {config['head_dim']}")
 
-    config["rope_parameters"] = read_rope(raw, path)
+    config["rope_parameters"] = read_rope(raw, path, inferred)
     config["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
-    config |= {key: raw.get(key) for key in TOKEN_IDS}
+    config |= {key: read_token_id(key, raw.get(key), path, inferred) for key in TOKEN_IDS}
     if head_of(raw) != LANGUAGE_MODEL:
         config |= {key: raw[key] for key in ("architectures", *LABEL_KEYS) if raw.get(key) is not None}
         check_labels(config, path)
     return config | {key: raw.get(key, usual) for key, usual in PASSED_ON.items()}
+
+
+def read_token_id(key: str, value, path: Path, inferred: list[str]) -> int | list[int] | None:
+    """Return one id, or none; of `eos_token_id` there may be several."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token_id) is not int for token_id in ids) or (len(ids) > 1 and key != "eos_token_id"):
+        several = " or a list of them" if key == "eos_token_id" else ""
+        raise UserError(f"`{key}` in {path} must be an id{several}, got {quoted(value)}; write there which is meant")
+    if not isinstance(value, list) or (ids and key == "eos_token_id"):
+        return value
+    inferred.append(f"`{key}` {ids[0] if ids else 'none'}: {path.name} has a list of {len(ids)}")
+    return ids[0] if ids else None
 
 
 def head_of(config: dict) -> str:
@@ -121,17 +148,33 @@ def check_numbers(config: dict, path: Path):
             raise UserError(f"`{key}` in {path} must be a positive {number.__name__}, got {value!r}")
 
 
-def read_rope(raw: dict, path: Path) -> dict:
-    """Gather what version 4 writes as `rope_theta` and `rope_scaling` and version 5 as `rope_parameters`."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+def read_rope(raw: dict, path: Path, inferred: list[str]) -> dict:
+    """Gather what version 4 writes as `rope_theta` and `rope_scaling` and version 5 as `rope_parameters`.
+
+    Of what contradicts itself transformers 5.23 takes what is taken here (`convert_rope_params_to_dict`).
+    """
+    older, newer = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    rope = older or newer
     if not isinstance(rope, dict):
         raise UserError(f"`rope_parameters` in {path} must be a JSON object, got {rope!r}")
+    if older and isinstance(newer, dict) and any(older.get(key, value) != value for key, value in newer.items()):
+        inferred.append("RoPE: `rope_scaling`, which transformers takes, and not `rope_parameters`, which differs")
     rope = dict(rope)
-    theta = rope.pop("rope_theta", None) or raw.get("rope_theta")
+    theta, outer = rope.pop("rope_theta", None) or raw.get("rope_theta"), raw.get("rope_theta")
+    if outer is not None and outer != theta:
+        inferred.append(f"RoPE theta {quoted(theta)}: the inner one, which transformers takes, and not {quoted(outer)}")
     if theta is None and raw["model_type"] == "llama":
         theta = UPSTREAM_ROPE_THETA
     rope_type = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
+    if rope_type == "default" and rope:
+        keys = ", ".join(f"`{key}`" for key in sorted(rope))
+        inferred.append(f"RoPE is not scaled: no `rope_type` says how, so that transformers does not look at {keys}")
+        rope = {}
+    context = raw.get(ORIGINAL, rope.get(ORIGINAL, raw["max_position_embeddings"]))
+    if rope_type == "llama3" and context != rope.get(ORIGINAL):
+        inferred.append(f"`{ORIGINAL}` {quoted(context)}: as transformers takes it")
+        rope[ORIGINAL] = context
     needed = LLAMA3_SCALING if rope_type == "llama3" else ()
     for key, value in {"rope_theta": theta, **{key: rope.get(key) for key in needed}}.items():
         if type(value) not in (int, float) or not 0 < value < LARGEST:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_llama3.errors import UserError
 from hf_llama3.files.json import read_json
-from hf_llama3.presets import LONG_CONTEXT, ORIGINAL_CONTEXT, PRESETS, ROPE_THETA, llama3_scaling
+from hf_llama3.presets import LONG_CONTEXT, ORIGINAL_CONTEXT, PRESETS, ROPE_THETA, VOCAB_SIZE, llama3_scaling
 
 from ..weights import BIAS_KEYS, LANGUAGE_MODEL
 from .hf import LARGEST, head_of
@@ -16,6 +16,7 @@ from .sidecar import SIDECAR
 
 LLAMA2_ROPE_THETA = 10000.0  # what a params.json that does not say means (llama-models 0.3.0, Llama 2's `ModelArgs`)
 CODE_LLAMA_ROPE_THETA = 1e6
+UNKNOWN_VERSION = "unknown"
 LLAMA2_VOCABULARIES = (32000, 32016)  # Llama 2, and Code Llama with its infilling tokens
 
 # params.json: key -> its type, whether it must be there
@@ -69,11 +70,12 @@ def params_to_config(
         raise UserError(f"{path}: {chain}, got {dim}, {heads} and {kv_heads}")
     theta = float(params.get("rope_theta", LLAMA2_ROPE_THETA))
     inferred = []
-    if params.get("use_scaled_rope"):
+    scaled = is_scaled(params, path, given_factor, inferred)
+    if scaled:
         factor, why = infer_rope_factor(params, path, given_factor, kept_factor)
         inferred.append(f"RoPE factor {factor:g}: {why}")
         rope, context = {"rope_theta": theta} | llama3_scaling(factor), LONG_CONTEXT
-    elif given_factor is not None:
+    elif given_factor is not None and not (given_factor == 1 and "use_scaled_rope" not in params):
         raise UserError(f"{path} does not scale RoPE (`use_scaled_rope`); leave out --rope-factor {given_factor:g}")
     else:
         rope = {"rope_theta": theta, "rope_type": "default"}
@@ -119,6 +121,26 @@ def read_params(path: Path) -> dict:
 
 class MissingFlag(UserError):
     """Name the flag that says what no file does."""
+
+
+def is_scaled(params: dict, path: Path, given: float | None, inferred: list[str]) -> bool:
+    """Tell whether RoPE is scaled; add to `inferred` what a contradiction was taken for.
+
+    Raises:
+        MissingFlag: there is a factor but no switch.
+    """
+    factor = params.get("rope_scaling_factor", 1)
+    if "use_scaled_rope" in params or factor == 1:
+        if not params.get("use_scaled_rope") and factor != 1:
+            inferred.append(f"RoPE is not scaled: says `use_scaled_rope`, in spite of `rope_scaling_factor` {factor:g}")
+        return params.get("use_scaled_rope", False)
+    if given is None:
+        raise MissingFlag(
+            f"{path} says `rope_scaling_factor` {factor:g} but not `use_scaled_rope`; add --rope-factor {factor:g} if "
+            "RoPE is scaled, or --rope-factor 1 if it is not"
+        )
+    inferred.append(f"RoPE is {'' if given != 1 else 'not '}scaled: given by --rope-factor")
+    return given != 1
 
 
 def infer_rope_factor(params: dict, path: Path, given: float | None, kept: float | None) -> tuple[float, str]:
@@ -205,22 +227,30 @@ def config_to_params(config: dict, path: Path, kv_heads: int) -> dict:
 def infer_version(config: dict, family: str | None, given: str | None, path: Path) -> tuple[str, str]:
     """Tell the version of Llama, and why: it decides the special tokens' names and how shards divide the embedding.
 
+    Without any evidence it is "unknown", and shards are divided as Llama 3's are.
+
     Args:
-        family: "2" or "3" where the tokenizer tells it.
+        family: "2" or "3" where the tokenizer tells it, "other" where it is none of Llama's.
         given: what the user says.
 
     Raises:
         UserError: the user says something else than the tokenizer.
     """
     if given is not None:
-        if family is not None and given[0] != family:
+        if family in ("2", "3") and given[0] != family:
             raise UserError(f"the tokenizer of {path} is Llama {family}'s; leave out --llama-version {given}")
         return given, "given by --llama-version"
-    rope = config["rope_parameters"]
+    rope, vocab_size = config["rope_parameters"], config["vocab_size"]
     if family == "2":
         return "2", "the tokenizer is a sentencepiece model"
-    if family is None and config["vocab_size"] in LLAMA2_VOCABULARIES:
-        return "2", f"the vocabulary has {config['vocab_size']} tokens"
-    if rope["rope_type"] != "llama3":
-        return "3.0", "RoPE is not scaled"
-    return ("3.2" if rope["factor"] == 32 else "3.1"), f"the RoPE factor is {rope['factor']:g}"
+    if family is None and vocab_size in LLAMA2_VOCABULARIES:
+        return "2", f"the vocabulary has {vocab_size} tokens"
+    if rope["rope_type"] == "llama3":
+        return ("3.2" if rope["factor"] == 32 else "3.1"), f"the RoPE factor is {rope['factor']:g}"
+    if family == "3":
+        return "3.0", "the tokenizer is Llama 3's, and RoPE is not scaled"
+    if vocab_size == VOCAB_SIZE:
+        return "3.0", f"the vocabulary has {vocab_size} tokens, and RoPE is not scaled"
+    if family is None and rope["rope_theta"] == ROPE_THETA:
+        return "3.0", f"RoPE has a theta of {ROPE_THETA:g} and is not scaled"
+    return UNKNOWN_VERSION, "neither tokenizer, vocabulary nor RoPE is a released Llama's"

@@ -26,7 +26,8 @@ ADAPTER = "adapter_config.json"  # PEFT's
 
 def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> Checkpoint:
     """Open a Hugging Face folder; None means to infer."""
-    config, inferred = read_config(folder / "config.json"), []
+    inferred = []
+    config = read_config(folder / "config.json", inferred)
     found = find_weights(folder)
     if (folder / ADAPTER).exists():
         check_adapter(folder, inferred)

@@ -80,19 +80,20 @@ def token_ids_without_tokenizer(version: str, vocab_size: int, instruct: bool) -
 
 
 def find_hf_tokenizer(folder: Path) -> tuple[Path | None, str | None, str | None]:
-    """Find the tokenizer of a Hugging Face folder, its kind, and which generation of Llama it is of ("2" or "3")."""
+    """Find the tokenizer of a Hugging Face folder, its kind, and whose it is: Llama "2"'s, "3"'s or of an "other"."""
     model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
     kind = tokenizer_kind(model) if model.is_file() else None
     if kind == "sentencepiece":
         return model, kind, "2"
     if fast.is_file():
-        # The one sign of a converted sentencepiece model that needs no parsing of 17 MB.
-        family = "2" if re.search(rb'"byte_fallback":\s*true', fast.read_bytes()) else None
-        return fast, "tokenizer.json", family
+        content = fast.read_bytes()  # signs that need no parsing of 17 MB
+        is_llama3 = any(json.dumps(sign)[1:-1].encode() in content for sign in (BEGIN_OF_TEXT, PATTERN))
+        is_sentencepiece = re.search(rb'"byte_fallback":\s*true', content)
+        return fast, "tokenizer.json", "2" if is_sentencepiece else "3" if is_llama3 else "other"
     if kind:
         return model, kind, "3"
     slow = folder / "vocab.json"  # with merges.txt, as GPT-2's kind was kept before tokenizer.json
-    return (slow, slow.name, None) if slow.is_file() else (None, None, None)
+    return (slow, slow.name, "other") if slow.is_file() else (None, None, None)
 
 
 def tokenizer_kind(path: Path) -> str:

@@ -294,9 +294,15 @@ def test_bad_sidecar(change, message, tmp_path):
         ("2", 1000, {"rope_type": "default"}, "2"),
         (None, 32016, {"rope_type": "default"}, "2"),
         (None, 512, {"rope_type": "default"}, "3.0"),
+        ("other", 512, {"rope_type": "default"}, "unknown"),
+        ("other", 32000, {"rope_type": "default"}, "unknown"),
+        ("other", 128256, {"rope_type": "default"}, "3.0"),
+        ("other", 512, llama3_scaling(8.0), "3.1"),
+        (None, 512, {"rope_type": "default", "rope_theta": 1e5}, "unknown"),
     ],
 )
 def test_version(family, vocab, rope, version, tmp_path):
+    rope = {"rope_theta": 500000.0} | rope
     assert infer_version(complete(vocab_size=vocab, rope_parameters=rope), family, None, tmp_path)[0] == version
 
 
