@@ -1,6 +1,7 @@
 """Imports run downwards: from a room to those below it, and in no circle, whenever they are carried out."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -115,3 +116,12 @@ def test_no_room_is_too_large():
         assert len(path.read_text("utf-8").splitlines()) <= 350, path
     for folder, paths in folders.items():
         assert len([path for path in paths if not path.stem.startswith("__")]) <= 12, folder
+
+
+def test_the_tree_in_contributing_is_true():
+    """Every module stands in it, but for the commands, one for each group; and nothing that is gone."""
+    tree = (ROOT / "CONTRIBUTING.md").read_text("utf-8").split("## Where things are")[1].split("```")[1]
+    stems = {path.stem for name, path in MODULES.items() if room(name) != "cli" and not path.stem.startswith("__")}
+    assert stems <= set(re.findall(r"\w+", tree)), stems - set(re.findall(r"\w+", tree))
+    named = set(re.findall(r"(\w+)\.py", tree)) - {"test_floors", "parity", "test_examples"}
+    assert named <= stems | {"main"}, named - stems

@@ -16,7 +16,6 @@ from hf_llama3.cli.main import app
 from hf_llama3.quickstart import python_documentation
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("hf_llama3", "conversion", "model_card")
 BLOCK = re.compile(r"(<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.DOTALL)
 SET_UP = "pip install -c constraints.txt"  # run by .ci/run, in new environments
 
@@ -72,15 +71,3 @@ def test_every_command_is_shown():
     text = (ROOT / "README.md").read_text("utf-8")
     for command in app.registered_commands:
         assert f"hf-llama3 {command.callback.__name__}" in text
-
-
-def test_file_tree_is_true():
-    """Every file of the package stands in the tree, and nothing that is gone."""
-    tree = (ROOT / "README.md").read_text("utf-8").split("## Where things are")[1]
-    named = set(re.findall(r"[\w/]+\.py", tree))
-    own = {"__init__.py", "__main__.py", "errors.py", "manifest.py", "storage.py"}
-    files = {path.name for folder in ROOMS for path in (ROOT / folder).glob("*.py")} - own
-    assert files <= named, files - named
-    for name in named:
-        found = [path for room in ROOMS for path in (ROOT / room).glob(f"**/{name}")]
-        assert found or (ROOT / name).exists(), name
