@@ -1,9 +1,11 @@
 """The entry point: the commands, what an error prints, and the exit code.
 
-Exit codes: 0 done, 1 a check said no, 2 a user's error in one sentence, 130 Ctrl-C.
+Exit codes: 0 done, 1 a check said no, 2 a user's error in one sentence, 130 Ctrl-C, 141 a reader of
+the output that went away.
 """
 
 import atexit
+import contextlib
 import gc
 import os
 import sys
@@ -14,9 +16,11 @@ import typer
 
 from hf_llama3 import __version__
 from hf_llama3.errors import UserError, one_line
+from hf_llama3.files.progress import Quiet
 
 from . import begin, convert, generate, measure, publish, train  # noqa: F401  (each registers its commands)
 from .app import app, is_first_process
+from .printing import Output
 
 UsageError = typer.BadParameter.__base__  # click's, which typer carries under names that change
 SECONDS_TO_SPEAK = 20  # by which the first of several processes is as far as the others
@@ -24,17 +28,38 @@ SECONDS_TO_SPEAK = 20  # by which the first of several processes is as far as th
 
 def main():
     atexit.register(gc.freeze)  # or Python would search all that was imported for garbage at its end, for a second
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller; a file that is opened would take its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its number
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Output(out), Quiet(err)
     try:
-        sys.exit(app(prog_name="hf-llama3", standalone_mode=False))
+        code = app(prog_name="hf-llama3", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
     except UserError as error:
         sys.exit(fail(str(error)))
     except UsageError as error:
         sys.exit(fail(describe(error)))
     except typer.Abort:
-        sys.exit("Aborted!")
+        print("Aborted!", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        sys.stdout, sys.stderr = out, err
+        for stream in (out, err):
+            drop_what_is_refused(stream)
+
+
+def drop_what_is_refused(stream):
+    """Let a stream that cannot be written end in nowhere, or Python would try again at its end and exit with 120."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def fail(message: str) -> int:

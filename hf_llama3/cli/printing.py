@@ -3,10 +3,40 @@
 import json
 import re
 import shlex
+import sys
 
-from hf_llama3.errors import MOST_OF_A_SENTENCE, one_line, shown
+from hf_llama3.errors import MOST_OF_A_SENTENCE, UserError, one_line, shown
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+READER_IS_GONE = 141  # as a shell reports a program that SIGPIPE ended
+
+
+class Output:
+    """Standard output that says in a sentence why it cannot be written, and ends quietly where nobody reads on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self._try("write", text)
+
+    def flush(self):
+        self._try("flush")
+
+    def _try(self, name, *arguments):
+        try:
+            return getattr(self.stream, name)(*arguments)
+        except BrokenPipeError:
+            sys.exit(READER_IS_GONE)
+        except OSError as error:
+            raise UserError(
+                f"standard output could not be written ({error.strerror}); mend that and run the same again"
+            ) from error
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def print_json(value):

@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from tqdm import tqdm
 from transformers import CompileConfig, GenerationMixin, PreTrainedModel
+
+from hf_llama3.files.progress import bar
 
 SMALLEST_CACHE = 256  # tokens; a longer one has twice or four times as many, and so on
 CPU_ROWS, CPU_TOKENS = 1, 512  # up to which a compiled step is the faster one on a CPU, see `is_worth_it`
@@ -37,7 +38,7 @@ def compile_decoding(model: PreTrainedModel, progress: bool = False):
     how = {"min_new_tokens": 3, "max_new_tokens": 3}
     prompts = [torch.zeros(rows, 4, dtype=torch.long, device=model.device) for rows in (1, 2)]
     served = [prompt for prompt in prompts if is_worth_it(model, how, prompt)]
-    for prompt in tqdm(served, desc="compiling", disable=not progress):
+    for prompt in bar(iterable=served, desc="compiling", disable=not progress):
         model.generate(prompt, attention_mask=torch.ones_like(prompt), **how)
 
 

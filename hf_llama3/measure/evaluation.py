@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from hf_llama3.cpu.optimization import quantization_of
 from hf_llama3.errors import UserError
+from hf_llama3.files.progress import bar
 from hf_llama3.text.completion import check_range
 
 LARGEST_CONTEXT = 2048  # tokens, if `context` is omitted: a longer one takes longer and predicts better
@@ -65,7 +65,8 @@ def evaluate(model, tokenizer, text, context: int | None = None, progress: bool 
 
     total, seen = 0.0, 0
     first = 0 if start else 1  # what is predicted first
-    for position in tqdm(range(first, len(ids), context), desc="evaluating", unit="window", disable=not progress):
+    positions = range(first, len(ids), context)
+    for position in bar(iterable=positions, desc="evaluating", unit="window", disable=not progress):
         targets = ids[position : position + context]
         before = start or ids[position - 1 : position]
         total += sum_of_losses(model, before + targets[:-1], targets)

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from hf_llama3.cpu.optimization import quantization_of
 from hf_llama3.distributed.parallel import Group
@@ -16,6 +15,7 @@ from hf_llama3.files.atomic import in_the_way, sync, system_errors, write_files
 from hf_llama3.files.hashes import hash_file
 from hf_llama3.files.json import read_json, to_json
 from hf_llama3.files.locking import locked
+from hf_llama3.files.progress import bar
 
 from .completion import Completion, check_lengths, check_rows, check_sampling, generate_rows, tokenize
 
@@ -56,12 +56,12 @@ def complete_from(
     """Do what `complete` does for checked prompts from number `first` on."""
     lines = itertools.islice(enumerate(read_prompts(prompts)), first, None)
     hidden = not progress or not group.is_first or total == 1
-    with tqdm(total=total, initial=first, desc="generating", unit="prompt", disable=hidden) as bar:
+    with bar(total=total, initial=first, desc="generating", unit="prompt", disable=hidden) as shown:
         while block := list(itertools.islice(lines, batch_size * BATCHES_AT_A_TIME * group.shares)):
             found = complete_share(model, tokenizer, block, job, batch_size, group)
             together = [pair for share in group.gather(found) for pair in share]
             yield from (completion for _, completion in sorted(together, key=lambda pair: pair[0]))
-            bar.update(len(block))
+            shown.update(len(block))
 
 
 def complete_share(model, tokenizer, block, job: Job, batch_size: int, group: Group) -> list[tuple[int, Completion]]:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_llama3.errors import UserError, for_terminal
 from hf_llama3.files.atomic import write_files
+from hf_llama3.files.progress import Quiet, bar
 
 from .data import IGNORED
 from .optimizer import make_optimizer
@@ -83,7 +83,7 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         done, total = state.global_step, state.max_steps
-        self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=not self.show)
+        self.bar = bar(total=total, initial=done, desc="training", unit="step", disable=not self.show)
         self.started, self.first_step = time.perf_counter(), done
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -98,7 +98,7 @@ class ProgressBar(TrainerCallback):
         if self.show and "eval_loss" in metrics:
             sample = for_terminal(self.sample()).replace("\n", "\n    ")
             line = f"step {state.global_step}: validation loss {metrics['eval_loss']:.4f}\n    {sample}"
-            self.bar.write(line, file=sys.stderr)
+            self.bar.write(line, file=Quiet(sys.stderr))
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
