@@ -50,7 +50,7 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """The files that hold tensors."""
-        return sorted({tensor.file.path for tensors in self.tensors.values() for tensor in tensors})
+        return sorted({path for tensors in self.tensors.values() for tensor in tensors for path in tensor.paths})
 
     @property
     def num_shards(self) -> int:

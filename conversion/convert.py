@@ -17,13 +17,15 @@ from hf_llama3.files.progress import byte_bar
 
 from .checkpoint import Checkpoint
 from .formats.cast import Cast
+from .formats.dcp import SUFFIX
 from .formats.storage import BY_NAME, SourceFile, write_all
 from .opening import open_checkpoint
-from .plan import DEFAULT_SHARD_SIZE, Plan, PlannedFile, plan_hf, plan_meta
+from .plan import DEFAULT_SHARD_SIZE, TORCHTITAN, Plan, PlannedFile, plan_dcp, plan_hf, plan_meta
 from .provenance import PROVENANCE, make_provenance
 from .tokenizer.rows import require_rows, resize, tokens_without_rows
 from .verify import VerificationReport, verify_checkpoints
 
+TARGETS = ("hf", "meta", "dcp")
 WORKERS = 2  # one moves bytes while the other sums or rearranges
 MEMORY_BYTES = 700 * 10**6  # held by benchmarks/conversion.py and tests/conversion/test_memory.py
 
@@ -76,10 +78,11 @@ def convert(
     Args:
         source: folder of either format; it is never changed.
         target: folder to make; what is there already stays unless `overwrite`, and then until the new one is whole.
-        to: "hf" or "meta"; omitted, the format that the source is not, or "meta" where `mp` is given.
+        to: "hf", "meta" or "dcp" (torch.distributed.checkpoint); omitted, the one of the first two that the source is
+            not, "hf" for one of the last, or "meta" where `mp` is given.
         mp: model-parallel shards of a target in Meta's format, 1 if omitted.
         model_type: what a Hugging Face folder is written as: "llama", which every tool reads and which is taken if
-            omitted, or "llama3" with its code.
+            omitted, or "llama3" with its code; for "dcp" also "torchtitan", whose tensors have Meta's names.
         dtype: type to cast to, such as "float16"; every tensor keeps its own if omitted.
         rope_factor: for a Meta checkpoint of unreleased shape that scales RoPE; params.json does not say how much.
         llama_version: for a Meta checkpoint whose special tokens are not those of the inferred version.
@@ -133,18 +136,22 @@ def make_plan(checkpoint: Checkpoint, to, mp, model_type, dtype, max_shard_size)
     Raises:
         UserError: an option that does not exist, or has no meaning for this conversion.
     """
-    if to not in (None, "hf", "meta"):
-        raise UserError(f"--to must be 'hf' or 'meta', got {to!r}")
-    if model_type not in (None, "llama", "llama3"):
-        raise UserError(f"--as must be 'llama' or 'llama3', got {model_type!r}")
+    if to not in (None, *TARGETS):
+        raise UserError(f"--to must be one of {TARGETS}, got {to!r}")
+    if model_type not in (None, "llama", "llama3", TORCHTITAN) or (model_type == TORCHTITAN and to != "dcp"):
+        raise UserError(f"--as must be 'llama' or 'llama3', or 'torchtitan' with --to dcp, got {model_type!r}")
     if dtype is not None and dtype not in BY_NAME:
         raise UserError(f"--dtype must be one of {sorted(BY_NAME)}, got {dtype!r}")
-    to = to or ("hf" if checkpoint.format == "meta" and mp is None else "meta")
+    other = "hf" if checkpoint.format == "meta" or checkpoint.files[0].suffix == SUFFIX else "meta"
+    to = to or (other if mp is None else "meta")
     cast = Cast(BY_NAME[dtype]) if dtype is not None else None
-    if to == "hf":
+    if to != "meta":
         if mp not in (None, 1):
-            raise UserError(f"--mp divides a checkpoint of Meta's format, got {mp} with --to hf; use --max-shard-size")
-        plan = plan_hf(checkpoint, model_type or "llama", max_shard_size or DEFAULT_SHARD_SIZE, cast)
+            raise UserError(
+                f"--mp divides a checkpoint of Meta's format, got {mp} with --to {to}; use --max-shard-size"
+            )
+        make = plan_hf if to == "hf" else plan_dcp
+        plan = make(checkpoint, model_type or "llama", max_shard_size or DEFAULT_SHARD_SIZE, cast)
         if reason := tokens_without_rows(checkpoint):
             plan.notes.append(f"{reason}, as in the source; for rows, {resize(checkpoint)}")
         return plan
@@ -184,7 +191,7 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, pr
         written = open_checkpoint(folder, unfinished=True)
         report.verification = prove(plan, written, folder, progress)
         report.verification.target = report.target
-    elif plan.to == "hf":
+    elif plan.to != "meta":
         write_files(folder, {PROVENANCE: make_provenance(plan, None)})
     report.files = {name: path.stat().st_size for name, path in files_in(folder).items()}
 
@@ -249,7 +256,7 @@ def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool) -> Veri
         verification = verify_checkpoints(plan.source, written, progress, plan.cast)
         if not verification.ok:
             raise UserError(f"{folder} differs from its source in {verification.differences[0]}; please report this")
-        if plan.to == "hf":
+        if plan.to != "meta":
             write_files(folder, {PROVENANCE: make_provenance(plan, verification)})
             futures[CHECKSUMS][PROVENANCE] = pool.submit(hash_file, folder / PROVENANCE, "sha256", bar.update)
         for list_name, sums in futures.items():

@@ -44,7 +44,7 @@ def compute_logits(checkpoint: Checkpoint, progress: Callable[[int], None]) -> t
         return y + vector(f"{name}.bias") if f"{name}.bias" in table else y
 
     def vector(name):
-        return to_tensor(checkpoint.tensors[name][0].array, checkpoint.tensors[name][0].dtype)
+        return to_tensor(checkpoint.tensors[name][0].array[:], checkpoint.tensors[name][0].dtype)
 
     def norm(x, name):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]) * vector(f"{name}.weight")

@@ -7,6 +7,7 @@ from hf_llama3.errors import UserError, shown
 from hf_llama3.files.atomic import SIGNS, is_unfinished
 
 from .checkpoint import Checkpoint
+from .formats.dcp import METADATA
 from .formats.hf import ADAPTER, open_hf, refuse_adapter
 from .formats.meta import PARAMS_FILE, SHARD_GLOBS, open_meta
 from .formats.torch_files import is_weights
@@ -71,6 +72,8 @@ def locate(path: Path) -> Path:
         return path / "original"
     if (path / ADAPTER).exists():
         refuse_adapter(path)
+    if (path / METADATA).is_file():
+        raise UserError(f"{path} is of torch.distributed.checkpoint, without a configuration; {configure(path)}")
     if shards := [found for pattern in SHARD_GLOBS for found in path.glob(pattern)]:
         raise UserError(
             f"{path} holds {shards[0].name} but no {PARAMS_FILE}; pass the folder that Meta's download made"

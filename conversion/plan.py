@@ -12,6 +12,7 @@ from .config.hf import portable_config
 from .config.params import config_to_params
 from .config.sidecar import SIDECAR, make_sidecar
 from .formats.cast import Cast
+from .formats.dcp import METADATA, SUFFIX, DcpLayout, make_metadata
 from .formats.hf import INDEX, SINGLE
 from .formats.meta import PARAMS_FILE
 from .formats.pth import PthLayout
@@ -22,6 +23,7 @@ from .tokenizer.templates import llama3_chat_template
 from .weights import Row, half_to_interleaved, interleaved_to_half, name_in_file, sizes
 
 DEFAULT_SHARD_SIZE = "5GB"
+TORCHTITAN = "torchtitan"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -30,7 +32,7 @@ class PlannedFile:
     """A file of tensors: where every byte of it goes."""
 
     name: str
-    layout: SafetensorsLayout | PthLayout
+    layout: SafetensorsLayout | PthLayout | DcpLayout
     tensors: list[tuple[str, Assembly]] = field(repr=False)
 
 
@@ -39,7 +41,7 @@ class Plan:
     """Everything that a conversion writes; small files are made beside the tensors, since a tokenizer takes time."""
 
     source: Checkpoint
-    to: str  # "hf" or "meta"
+    to: str  # "hf", "meta" or "dcp"
     cast: Cast | None
     files: list[PlannedFile]
     make_small_files: Callable[[], dict[str, bytes]]  # adds to `notes`
@@ -53,7 +55,7 @@ class Plan:
     def needed_bytes(self) -> int:
         """What the target takes at most: a tokenizer.json is eight times as long as its tokenizer.model."""
         source = self.source
-        times = 10 if self.to == "hf" and source.tokenizer_kind in ("tiktoken", "sentencepiece") else 1
+        times = 10 if self.to != "meta" and source.tokenizer_kind in ("tiktoken", "sentencepiece") else 1
         carried = tokenizer_paths(source.hf_tokenizer).values() if source.hf_tokenizer else ()
         small = [times * path.stat().st_size for path in (source.tokenizer, *carried) if path]
         return self.nbytes + sum(small)
@@ -81,6 +83,38 @@ def plan_hf(source: Checkpoint, model_type: str, max_shard_size: str, cast: Cast
         return small | (code_files() if model_type == "llama3" else {})
 
     return Plan(source, "hf", cast, files, make_small_files, notes)
+
+
+def plan_dcp(source: Checkpoint, names: str, max_shard_size: str, cast: Cast | None) -> Plan:
+    """Plan a folder of torch.distributed.checkpoint, with a Hugging Face folder's other files beside it.
+
+    Args:
+        names: "llama" or "llama3" for Hugging Face's, "torchtitan" for those that torchtitan has from Meta. A tied head
+            is written too, since a training framework asks for what its model's `state_dict` lists.
+    """
+    dtype = cast.to.name if cast else source.more_config.get("dtype", source.dtype)
+    order = "meta" if names == TORCHTITAN else "hf"
+    if order == "meta":
+        config_to_params(source.config, source.path, source.config["num_key_value_heads"])  # has it a place for all?
+    head = source.head
+    tensors = [
+        (row.meta if order == "meta" else name_in_file(row.hf, head), assemble(source, row, order, cast))
+        for row in source.rows
+    ]
+    groups = divide(tensors, lambda tensor: tensor[1].nbytes, parse_size(max_shard_size)).values()
+    described = {f"__0_{index}{SUFFIX}": describe(group) for index, group in enumerate(groups)}
+    files = [
+        PlannedFile(name, DcpLayout(described[name]), group) for name, group in zip(described, groups, strict=True)
+    ]
+    notes = [f"names of tensors: {'torchtitan and Meta' if order == 'meta' else 'Hugging Face'}'s, as {tensors[1][0]}"]
+
+    def make_small_files():
+        metadata = make_metadata({file.name: (file.layout, described[file.name]) for file in files})
+        config = portable_config(source.config, dtype, "llama3" if names == "llama3" else "llama", source.more_config)
+        small = hf_small_files(source, config, {}, 0, notes) | {METADATA: metadata}
+        return small | (code_files() if names == "llama3" else {})
+
+    return Plan(source, "dcp", cast, files, make_small_files, notes)
 
 
 def divide(entries: list, nbytes: Callable[..., int], limit: int) -> dict[str, list]:

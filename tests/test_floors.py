@@ -25,6 +25,7 @@ FLOORS = [
     ["conversion.formats.unpickle", "conversion.formats.zip", "conversion.formats.torch_files"],
     ["conversion.formats.unzipped"],
     ["conversion.formats.pth"],
+    ["conversion.formats.dcp"],
     ["conversion.formats.hf", "conversion.formats.meta"],
     ["conversion.hub"],
     ["conversion.opening"],

@@ -50,8 +50,8 @@ def complete(monkeypatch, *words):
         (("chat", "m", "--quantize", "int8", "--dtype", "b"), ["bfloat16"]),
         (("generate", "m", "--parallel", "t"), ["tensor"]),
         (("inspect", "m", "--device-map", "b"), ["balanced", "balanced_low_0"]),
-        (("convert", "a", "b", "--as", ""), ["llama", "llama3"]),
-        (("convert", "a", "b", "--to", ""), ["hf", "meta"]),
+        (("convert", "a", "b", "--as", ""), ["llama", "llama3", "torchtitan"]),
+        (("convert", "a", "b", "--to", ""), ["hf", "meta", "dcp"]),
     ],
 )
 def test_completion(words, found, monkeypatch):

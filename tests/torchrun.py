@@ -8,9 +8,9 @@ import sys
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(filter(None, sys.path))}
 
 
-def torchrun(*arguments):
-    """Run a script, or a module after "-m", in two processes; returns the finished torchrun."""
-    return start("--standalone", "--nproc-per-node=2", *arguments)
+def torchrun(*arguments, count=2):
+    """Run a script, or a module after "-m", in two processes or more; returns the finished torchrun."""
+    return start("--standalone", f"--nproc-per-node={count}", *arguments)
 
 
 def torchrun_on_two_nodes(*arguments):

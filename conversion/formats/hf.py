@@ -12,6 +12,7 @@ from ..config.params import infer_version
 from ..tokenizer.bpe import find_hf_tokenizer, special_tokens
 from ..tokenizer.templates import DEFAULT, read_chat_templates
 from ..weights import BIAS_KEYS, EMBEDDING, LANGUAGE_MODEL, OUTPUT, name_in_file, rows
+from .dcp import find_dcp, read_dcp
 from .names import is_rope_table, settle
 from .pth import read_parts, read_pth
 from .safetensors import read_safetensors
@@ -28,7 +29,7 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
     """Open a Hugging Face folder; None means to infer."""
     inferred = []
     config = read_config(folder / "config.json", inferred)
-    found = find_weights(folder)
+    found = find_weights(folder, inferred)
     if (folder / ADAPTER).exists():
         check_adapter(folder, inferred)
     tensors, order, said = settle(found, folder)
@@ -80,8 +81,8 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
     )
 
 
-def find_weights(folder: Path) -> dict[str, StoredTensor]:
-    """List the tensors of a Hugging Face folder by name: its safetensors, or else what torch.save left in it.
+def find_weights(folder: Path, inferred: list[str]) -> dict[str, StoredTensor]:
+    """List the tensors of a Hugging Face folder by name: its safetensors, or else what torch left in it.
 
     Raises:
         UserError: there are none, or index and files disagree.
@@ -93,6 +94,8 @@ def find_weights(folder: Path) -> dict[str, StoredTensor]:
             return read_sharded(folder, index, read)
         if (folder / single).exists():
             return read(folder / single)
+    if distributed := find_dcp(folder):
+        return read_dcp(distributed, inferred)
     if paths := find_torch_files(folder):
         return read_parts(paths)
     if (folder / ADAPTER).exists():

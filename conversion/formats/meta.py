@@ -24,6 +24,7 @@ from ..tokenizer.bpe import (
 )
 from ..tokenizer.files import CARRIED, TOKENIZER_MODEL, find_carried, hash_of
 from ..weights import EMBEDDING, OUTPUT, Row, rows
+from .dcp import find_dcp, read_dcp
 from .names import settle
 from .pth import read_parts, read_pth
 from .safetensors import read_safetensors
@@ -42,15 +43,16 @@ def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None
     other_dialogue = bool(sidecar) and instruct not in (None, sidecar["instruct"])
     if other_dialogue:
         sidecar = forget_dialogue(sidecar)
-    named, order, said = settle(read_shards(folder), folder)
+    inferred = []
+    named, order, said = settle(read_shards(folder, inferred), folder)
     check_layers(params["n_layers"], len(named), folder)
     if order == "hf":
         to_meta = {row.hf: row.meta for row in rows(params["n_layers"])}
         named = {to_meta.get(name, name): tensors for name, tensors in named.items()}
         said.append("names of tensors and order of their rows: Hugging Face's")
     vocab_size = count_tokens(named.get(EMBEDDING.meta), params["dim"], folder)
-    config, inferred = params_to_config(params, params_path, vocab_size, rope_factor, sidecar.get("rope_factor"))
-    inferred = said + inferred
+    config, more = params_to_config(params, params_path, vocab_size, rope_factor, sidecar.get("rope_factor"))
+    inferred += said + more
     if not sidecar:
         context = config["max_position_embeddings"]
         inferred.append(f"context of {context} tokens: that of the released models with this RoPE")
@@ -109,13 +111,15 @@ def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None
     )
 
 
-def read_shards(folder: Path) -> dict[str, list[StoredTensor]]:
+def read_shards(folder: Path, inferred: list[str]) -> dict[str, list[StoredTensor]]:
     """List the tensors of a Meta directory by Meta's names, one for each shard.
 
     Raises:
         UserError: there are none, one is missing or damaged, or they hold different tensors.
     """
     paths = find_shards(folder)
+    if not paths and (distributed := find_dcp(folder)):
+        return {name: [tensor] for name, tensor in read_dcp(distributed, inferred).items()}
     if not paths:
         remedy = "if they are shards, name them consolidated.00.pth, consolidated.01.pth, ..."
         parts = find_torch_files(folder, remedy)

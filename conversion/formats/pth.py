@@ -166,13 +166,14 @@ class PthLayout:
     Args:
         stem: the file's name without suffix, which torch puts before every member's.
         tensors: (name, dtype, shape), in order.
+        bare: whether the file holds its one tensor, and not a dictionary.
     """
 
     needs_checksums = True  # the CRC-32 of every tensor stands in the headers
 
-    def __init__(self, stem: str, tensors: list[tuple[str, Dtype, tuple[int, ...]]]):
+    def __init__(self, stem: str, tensors: list[tuple[str, Dtype, tuple[int, ...]]], bare: bool = False):
         sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in tensors]
-        members = [(f"{stem}/data.pkl", len(pickled := pickle_tensors(tensors)))]
+        members = [(f"{stem}/data.pkl", len(pickled := pickle_tensors(tensors, bare)))]
         members += [(f"{stem}/data/{key}", size) for key, size in enumerate(sizes)]
         members += [(f"{stem}/byteorder", 6), (f"{stem}/version", 2)]
         self._known = {0: pickled, len(members) - 2: b"little", len(members) - 1: b"3\n"}
@@ -233,18 +234,22 @@ def central_header(name: str, size: int, start: int, checksum: int) -> bytes:
     return fields + name.encode() + extra
 
 
-def pickle_tensors(tensors) -> bytes:
-    """Write the pickle that `torch.load` turns into {name: tensor}, each tensor in a storage of its own."""
-    out = [pickle.PROTO, b"\x02", pickle.EMPTY_DICT, pickle.MARK]
+def pickle_tensors(tensors, bare: bool = False) -> bytes:
+    """Write the pickle that `torch.load` turns into {name: tensor}, each tensor in a storage of its own.
+
+    Args:
+        bare: whether it is turned into the one tensor that there is.
+    """
+    out = [pickle.PROTO, b"\x02"] + ([] if bare else [pickle.EMPTY_DICT, pickle.MARK])
     for key, (name, dtype, shape) in enumerate(tensors):
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        out += [text(name), b"ctorch._utils\n_rebuild_tensor_v2\n", pickle.MARK]
+        out += [*([] if bare else [text(name)]), b"ctorch._utils\n_rebuild_tensor_v2\n", pickle.MARK]
         out += [pickle.MARK, text("storage"), f"ctorch\n{dtype.storage}\n".encode(), text(str(key)), text("cpu")]
         out += [integer(math.prod(shape)), pickle.TUPLE, pickle.BINPERSID, integer(0)]
         out += [pickle.MARK, *map(integer, shape), pickle.TUPLE, pickle.MARK, *map(integer, strides), pickle.TUPLE]
         out += [pickle.NEWFALSE, b"ccollections\nOrderedDict\n", pickle.EMPTY_TUPLE, pickle.REDUCE]
         out += [pickle.TUPLE, pickle.REDUCE]
-    return b"".join([*out, pickle.SETITEMS, pickle.STOP])
+    return b"".join([*out, *([] if bare else [pickle.SETITEMS]), pickle.STOP])
 
 
 def text(value: str) -> bytes:

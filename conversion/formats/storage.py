@@ -58,6 +58,11 @@ class StoredTensor:
     strides: tuple[int, ...] | None = None  # elements from one index to the next; None: contiguous
 
     @property
+    def paths(self) -> list[Path]:
+        """The files that it lies in."""
+        return [self.file.path]
+
+    @property
     def nbytes(self):
         return math.prod(self.shape) * self.dtype.itemsize
 
@@ -85,7 +90,8 @@ class Part:
     @property
     def is_run(self):
         """Whether the elements lie in the file as they are wanted: one after another."""
-        return self.array.flags.c_contiguous and np.may_share_memory(self.array, self.file.bytes)
+        is_mapped = isinstance(self.array, np.ndarray)  # and not gathered when it is read
+        return is_mapped and self.array.flags.c_contiguous and np.may_share_memory(self.array, self.file.bytes)
 
     @property
     def offset(self):

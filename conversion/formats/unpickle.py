@@ -91,6 +91,8 @@ def forbidden(path, error: Forbidden) -> UserError:
 class Machine:
     """Read one pickle; each method does what the instruction of its name in `INSTRUCTIONS` says."""
 
+    own_instructions = {}  # of a machine that reads another kind of pickle, before those of `INSTRUCTIONS`
+
     def __init__(self, content: bytes, start: int):
         self.content, self.at = content, start
         self.stack, self.marks, self.memo, self.storages = [], [], {}, {}
@@ -102,7 +104,7 @@ class Machine:
             code = self.take(1)
             if code == b".":
                 break
-            instruction = INSTRUCTIONS.get(code)
+            instruction = self.own_instructions.get(code) or INSTRUCTIONS.get(code)
             if instruction is None:
                 known = pickletools.code2op.get(code.decode("latin-1"))
                 raise Damaged(f"it holds {known.name if known else quoted(code)}, which torch.save does not write")

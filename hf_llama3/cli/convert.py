@@ -72,16 +72,19 @@ def convert(
     target: Annotated[Path, typer.Argument(help="Folder to make.")],
     to: Annotated[
         str | None,
-        TARGET_OPTION(help="Format: hf or meta; the one that SOURCE is not if omitted.", **one_of("hf", "meta")),
+        TARGET_OPTION(
+            help="Format: hf, meta or dcp (torch.distributed.checkpoint); hf or meta, which SOURCE is not, if omitted.",
+            **one_of("hf", "meta", "dcp"),
+        ),
     ] = None,
     mp: Annotated[int | None, TARGET_OPTION(help="Number of model-parallel shards in Meta's format.")] = None,
     model_type: Annotated[
         str | None,
         TARGET_OPTION(
             "--as",
-            help="Model type: llama, which every tool reads, or llama3, this package's own with its code.",
+            help="Model type: llama, which every tool reads; llama3, with this package's code; torchtitan, for dcp.",
             show_default="llama",
-            **one_of("llama", "llama3"),
+            **one_of("llama", "llama3", "torchtitan"),
         ),
     ] = None,
     dtype: Annotated[

@@ -1,0 +1,151 @@
+"""A tensor that lies in pieces, in one file or in many: gathered a few rows at a time, and never whole."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ..storage import Dtype, SourceFile, StoredTensor
+
+Band = tuple[int, int, list[np.ndarray]]  # first row, the row after the last, arrays to lay side by side
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkedArray:
+    """Do what is done with the array of a stored tensor, of one dimension or two.
+
+    A tuple of slices cuts it and reads nothing; a slice or a list of rows gives their elements.
+    """
+
+    bands: list[Band]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __getitem__(self, index):
+        if isinstance(index, tuple):
+            return self.cut(*index)
+        if isinstance(index, list):
+            return np.concatenate([self[row : row + 1] for row in index])
+        start, stop, _ = index.indices(self.shape[0])
+        pieces = [np.empty((0, *self.shape[1:]), self.dtype)]
+        for first, end, arrays in self.bands:
+            low, high = max(start, first), min(stop, end)
+            if low < high:
+                parts = [array[low - first : high - first] for array in arrays]
+                pieces.append(np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
+        return np.concatenate(pieces)
+
+    def cut(self, rows: slice, columns: slice = slice(None)) -> "ChunkedArray":
+        start, stop, _ = rows.indices(self.shape[0])
+        bands, width = [], self.shape[1:]
+        for first, end, arrays in self.bands:
+            low, high = max(start, first), min(stop, end)
+            if low < high:
+                parts = [array[low - first : high - first] for array in arrays]
+                bands.append((low - start, high - start, cut_columns(parts, columns) if width else parts))
+        width = tuple(len(range(*columns.indices(size))) for size in width)
+        return ChunkedArray(bands, (max(stop - start, 0), *width), self.dtype)
+
+    def reshape(self, heads: int, *shape: int) -> "ByHead":
+        """Divide the rows among heads, of which there are as many as it gives."""
+        return ByHead(self, shape)
+
+
+def cut_columns(arrays: list[np.ndarray], columns: slice) -> list[np.ndarray]:
+    """Return the columns of arrays that stand side by side."""
+    start, stop, _ = columns.indices(sum(array.shape[1] for array in arrays))
+    found, at = [], 0
+    for array in arrays:
+        found.append(array[:, max(start - at, 0) : max(stop - at, 0)])
+        at += array.shape[1]
+    return [array for array in found if array.shape[1]] or found[:1]
+
+
+@dataclass(frozen=True, eq=False)
+class ByHead:
+    """The rows of a gathered array, head by head, in another order; a slice of heads gives their elements."""
+
+    base: ChunkedArray
+    inner: tuple[int, ...]  # of a head, as it lies
+    swapped: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        one, other, *rest = self.inner
+        inner = (other, one) if self.swapped else (one, other)
+        return (self.base.shape[0] // (one * other), *inner, *rest)
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes
+
+    def swapaxes(self, one: int, other: int) -> "ByHead":
+        assert (one, other) == (1, 2)
+        return ByHead(self.base, self.inner, not self.swapped)
+
+    def __getitem__(self, heads: slice):
+        start, stop, _ = heads.indices(self.shape[0])
+        rows = self.inner[0] * self.inner[1]
+        block = self.base[start * rows : stop * rows].reshape(-1, *self.inner)
+        return block.swapaxes(1, 2) if self.swapped else block
+
+
+@dataclass(eq=False)
+class ChunkedTensor:
+    """Say where the pieces of a tensor lie; what a `StoredTensor` does for one that lies in one place."""
+
+    dtype: Dtype
+    shape: tuple[int, ...]
+    bands: list[tuple[int, int, list[StoredTensor]]]
+
+    @property
+    def pieces(self) -> list[StoredTensor]:
+        return [piece for _, _, pieces in self.bands for piece in pieces]
+
+    @property
+    def file(self) -> SourceFile:
+        """The first of its files."""
+        return self.pieces[0].file
+
+    @property
+    def paths(self) -> list[Path]:
+        return [piece.file.path for piece in self.pieces]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @cached_property
+    def array(self) -> ChunkedArray:
+        bands = [(first, end, [piece.array for piece in pieces]) for first, end, pieces in self.bands]
+        return ChunkedArray(bands, self.shape, np.dtype(f"<u{self.dtype.itemsize}"))
+
+    def read(self) -> bytes:
+        """Return the bytes of a small tensor."""
+        return self.array[:].tobytes()
+
+
+def lay_out(chunks: dict[tuple[int, ...], StoredTensor], shape: tuple[int, ...]):
+    """Arrange pieces, given by where they begin, as bands of rows; None unless they tile the shape."""
+    columns = shape[1] if len(shape) == 2 else 1
+    bands = {}
+    for start, piece in sorted(chunks.items()):
+        bands.setdefault((start[0], start[0] + piece.shape[0]), []).append((start[1:] or (0,), piece))
+    reached, found = 0, []
+    for (first, end), pieces in sorted(bands.items()):
+        at = 0
+        for (column,), piece in pieces:
+            if column != at:
+                return None
+            at += piece.shape[1] if len(shape) == 2 else 1
+        if first != reached or at != columns:
+            return None
+        reached = end
+        found.append((first, end, [piece for _, piece in pieces]))
+    return found if reached == shape[0] else None
