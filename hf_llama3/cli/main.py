@@ -66,10 +66,9 @@ def fail(message: str) -> int:
     """Print a user's error and return its exit code."""
     torch = sys.modules.get("torch")
     if os.environ.get("LOCAL_RANK", "0") != "0" and not (torch and torch.distributed.is_initialized()):
-        # What is wrong before processes have joined is wrong in all of them: one on each machine says so. torchrun ends
-        # all at the first that ends, which must not be one of the others.
+        # What is wrong before processes have joined is mostly wrong in all. The first on each machine says so, and
+        # torchrun then ends the others: one that is still there has met something of its own.
         time.sleep(SECONDS_TO_SPEAK)
-        return 2
     process = "" if is_first_process() else f" (process {os.environ['RANK']})"
     print(f"error{process}: {one_line(message)}", file=sys.stderr)
     return 2

@@ -96,7 +96,7 @@ def join(mode: str | None) -> Iterator[Group]:
     """Join the processes that torchrun started; of an error only the first that meets one speaks, and all end.
 
     Raises:
-        UserError: the mode is unknown, or it and the number of processes do not go together.
+        UserError: the mode is unknown, or it and the number of processes or of devices do not go together.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if mode not in (None, *PARALLEL):
@@ -109,6 +109,7 @@ def join(mode: str | None) -> Iterator[Group]:
     if count == 1:
         start = "torchrun --nproc-per-node 2 -m hf_llama3 generate"
         raise UserError(f"--parallel needs several processes, got 1; start them by {start} ...")
+    check_devices()
     store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
     store = dist.PrefixStore(f"group {next(_groups)}", store)  # what an earlier group left there is not for this one
     try:
@@ -158,17 +159,24 @@ def is_lost(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def bind_device() -> str:
-    """Give this process the device of its number on this machine, and return what exchanges run over.
+def check_devices():
+    """Raise in every process of a machine that has fewer devices than processes.
+
+    An error that some meet alone, before they have joined, would leave the others waiting for them.
 
     Raises:
-        UserError: there are fewer devices than processes here.
+        UserError: with both numbers.
     """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1))
+    if device_type() != "cpu" and processes > (devices := torch.accelerator.device_count()):
+        raise UserError(f"each process needs a GPU of its own, got {devices} for {processes}; start {devices}")
+
+
+def bind_device() -> str:
+    """Give this process the device of its number on this machine, and return what exchanges run over."""
     kind = device_type()
     if kind == "cpu":
         return "gloo"
-    if local_rank() >= (devices := torch.accelerator.device_count()):
-        raise UserError(f"each process needs a GPU of its own, got {devices} for {local_rank() + 1}; start {devices}")
     torch.accelerator.set_device_index(local_rank())
     return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
 

@@ -24,6 +24,7 @@ from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.conversion.config.params import feed_forward_size
 from hf_llama3.conversion.provenance import name_of
 from hf_llama3.cpu import processor
+from hf_llama3.distributed.parallel import check_devices
 from hf_llama3.errors import UserError, one_line
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
 
@@ -205,10 +206,12 @@ def make_arguments(output: Path, settings: Settings) -> TrainingArguments:
     """Translate the settings into the Trainer's arguments; this also joins the processes that torchrun started.
 
     Raises:
-        UserError: the processes cannot share the windows of a step evenly, or the library is too old for --fsdp.
+        UserError: the processes have too few devices or cannot share the windows of a step evenly, or the library is
+            too old for --fsdp.
     """
     if settings.fsdp and Version(transformers.__version__) < Version(FSDP_SINCE):
         raise UserError(f"--fsdp needs transformers {FSDP_SINCE} or newer, got {transformers.__version__}; upgrade it")
+    check_devices()
     on_gpu = torch.cuda.is_available()
     eval_every = settings.eval_every or max(settings.steps // 10, 1)
     arguments = TrainingArguments(

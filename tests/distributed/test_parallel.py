@@ -152,6 +152,46 @@ def test_one_process_says_what_is_wrong(folders, tmp_path):
     assert time.perf_counter() - started < 120
 
 
+@pytest.mark.parametrize("command", ["generate", "train"])
+def test_fewer_devices_than_processes(command, folders, tmp_path):
+    """One GPU for two processes: both know before they join, and the first says so. The GPU is made believe."""
+    script = tmp_path / "one_device.py"
+    script.write_text(
+        "import torch\n"
+        "from hf_llama3.distributed import parallel\n"
+        "parallel.device_type = lambda: 'cuda'\n"
+        "torch.accelerator.device_count = lambda: 1\n"
+        "from hf_llama3.cli.main import main\n"
+        "main()\n"
+    )
+    text = folders / "prompts.txt"
+    arguments = ["--text", text, "--output", tmp_path / "out", "--tokenizer", "char"]
+    if command == "generate":
+        arguments = [folders / "grouped", "--prompts", text, *OPTIONS, "--parallel", "data"]
+    result = torchrun(script, command, *arguments)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert lines == ["error: each process needs a GPU of its own, got 1 for 2; start 1"], result.stderr
+    assert result.returncode and "Traceback" not in result.stderr.split("torch/distributed")[0], result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_one_process_alone_is_said(folders, tmp_path):
+    """Before they have joined, while the first waits for the other, which meets what the first does not."""
+    script = tmp_path / "alone.py"
+    script.write_text(
+        "import os, sys\n"
+        "if os.environ['LOCAL_RANK'] == '1':\n"
+        "    sys.argv[sys.argv.index('--parallel') + 1] = 'both'\n"
+        "from hf_llama3.cli import main\n"
+        "main.SECONDS_TO_SPEAK = 3\n"
+        "main.main()\n"
+    )
+    result = torchrun(script, "generate", folders / "grouped", "a", "--parallel", "data")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert result.returncode and len(lines) == 1, result.stderr
+    assert lines[0].startswith("error (process 1): ") and "both" in lines[0]
+
+
 def test_a_lost_process_ends_all(folders, tmp_path):
     """One is killed while the others wait for it; none hangs."""
     script = tmp_path / "killed.py"
@@ -280,5 +320,7 @@ def test_options_that_do_not_go_together(folders, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "2 processes must be told how to share the work" in refuse("generate", model, "a")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("hf_llama3.cli.main.SECONDS_TO_SPEAK", 0)
-    assert call("generate", model, "a") == (2, "", ""), "one on each machine says so"
+    code, out, err = call("generate", model, "a")
+    assert (code, out) == (2, "") and err.startswith("error (process 1): 2 processes must be told"), "nobody else did"
