@@ -92,7 +92,7 @@ class Llama3Model(Llama3PreTrainedModel):
 
         Exactly one of `input_ids` (B, T) and `inputs_embeds` (B, T, E) is given. `attention_mask` is (B, S) with zeros
         at padding, or whatever `create_causal_mask` takes; `position_ids` (B, T) default to those after the cache, and
-        where they start again within a row, the row is read as packed texts that do not see one another.
+        where they start again within a row, without mask or cache, it is read as texts that do not see one another.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
