@@ -18,7 +18,7 @@ from torchrun import ENVIRONMENT, torchrun
 from hf_llama3 import Llama3Config
 from hf_llama3.conversion import convert, inspect
 from hf_llama3.distributed.parallel import Group, bytes_per_process
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, for_terminal
 from hf_llama3.files.locking import locked
 from hf_llama3.presets import config_of
 from hf_llama3.text import loading, prompts
@@ -79,7 +79,7 @@ def test_tokens_are_those_of_one_process(mode, name, form, alone, together):
 def test_decoding_in_parallel_gathers_on_the_first_process(alone, together):
     """The recipe by which every process decodes its share: text and bar come from the first, in order; one file."""
     (_, out, err), (_, _, other_err) = together["text"]
-    assert out == "".join(one["prompt"] + one["text"] + "\n" for one in alone["grouped"])
+    assert out == "".join(for_terminal(one["prompt"] + one["text"]) + "\n" for one in alone["grouped"])
     assert "generating" in err and other_err == ""
     (_, out, _), (_, other_out, _) = together["file"]
     lines = (together["root"] / "out.jsonl").read_text("utf-8").splitlines()
