@@ -19,6 +19,7 @@ from .config.hf import read_config
 from .config.params import read_params
 from .formats.hf import INDEX, SINGLE
 from .formats.meta import PARAMS_FILE
+from .formats.torch_files import BIN, BIN_INDEX
 from .tokenizer.files import CARRIED
 
 # huggingface_hub is imported where it is used: a local folder need not wait for it.
@@ -29,6 +30,7 @@ TELLING = ("config.json", "adapter_config.json", PARAMS_FILE)
 HF_TEXTS = ("*.json", "chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer.model")
 HF_TEXTS += ("vocab.txt", "merges.txt")
 HF_WEIGHTS = ("*.safetensors",)
+HF_PICKLED = ("pytorch_model*.bin",)
 NOT_OF_HF = ("*/*.json", "*/*.safetensors", "consolidated*")  # copies for other tools, Meta's files
 META_FILES = ("*.json", "tokenizer.model", "checklist.chk", "consolidated.*", "*.pth", f"{CARRIED}/*")
 
@@ -75,14 +77,17 @@ def fetch(path, weights: bool = True) -> Path:
 
 
 def fetch_hf(name: HubName, weights: bool) -> Path:
+    """Bring what is needed of a Hugging Face repository; pickled weights only where there are no others."""
     folder = download(name, HF_TEXTS + (HF_WEIGHTS if weights else ()), NOT_OF_HF)
-    if weights and not any((folder / file).exists() for file in (SINGLE, INDEX)):
-        raise UserError(without_safetensors(name))
+    if not weights or any((folder / file).exists() for file in (SINGLE, INDEX)):
+        return folder
+    folder = download(name, (*HF_TEXTS, *HF_PICKLED), NOT_OF_HF)
+    if not any((folder / file).exists() for file in (BIN, BIN_INDEX)):
+        lacking = ", ".join((SINGLE, INDEX, BIN))
+        raise UserError(
+            f"{name.repo} holds no {lacking} nor {BIN_INDEX} on the Hub; name a repository with its weights"
+        )
     return folder
-
-
-def without_safetensors(name: HubName) -> str:
-    return f"{name.repo} holds neither {SINGLE} nor {INDEX} on the Hub; name a repository that has its weights so"
 
 
 @contextlib.contextmanager
@@ -115,7 +120,7 @@ def add_hollow_weights(name: HubName, commit: str, folder: Path) -> bool:
     """Write the weights' files with their headers alone; returns whether the Hub had headers to give.
 
     Raises:
-        UserError: the repository has no safetensors.
+        UserError: the Hub refuses.
     """
     from huggingface_hub import get_safetensors_metadata
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
@@ -125,8 +130,8 @@ def add_hollow_weights(name: HubName, commit: str, folder: Path) -> bool:
             if PurePath(file).name != file:
                 return False  # another name is an attack, which the reader of whole files refuses
             write_hollow(folder / file, content.tensors)
-    except NotASafetensorsRepoError as error:
-        raise UserError(without_safetensors(name)) from error
+    except NotASafetensorsRepoError:
+        return False
     except HfHubHTTPError as error:
         raise UserError(explain(error, name)) from error
     except Exception:  # no connection, or a damaged header or index, where the library raises what it likes

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import params, small_tokenizer, write_meta
 from client import Client
+from safetensors.torch import load_file
 from server import READER, WRITER
 
 from hf_llama3.conversion import convert, inspect, verify
@@ -113,6 +114,18 @@ def test_a_single_file_of_weights(client, hub, folders, tmp_path):
     assert hub.downloads()["model.safetensors"] == 100_001
 
 
+def test_pickled_weights_where_there_are_no_others(client, hub, folders, weights, tmp_path):
+    tensors = {}
+    for file in weights:
+        tensors |= load_file(folders / "hf" / file)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    files = {name: content for name, content in files_of(folders / "hf").items() if name not in {INDEX, *weights}}
+    hub.add("lab/pickled", files | {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()})
+    client.run("inspect", "lab/pickled")
+    client.run("convert", "lab/pickled", tmp_path / "meta")
+    assert verify(folders / "hf", tmp_path / "meta").ok
+
+
 def test_commands_and_classes_by_name(client, hub, folders, everything, tmp_path):
     """All that takes a model takes a name; the tokens and losses are those of the local folder."""
     hub.add("lab/use", everything)
@@ -183,7 +196,7 @@ REFUSALS = {
     "name": ("lab/a--b", WRITER, {}, "lab/a--b is neither a folder here nor a name that the Hub can have; mend it"),
     "no model": ("lab/empty", WRITER, {}, "lab/empty holds no config.json, params.json nor original/params.json on"),
     "no original": ("lab/empty/original", WRITER, {}, "lab/empty holds no original/params.json on the Hub"),
-    "only .bin": ("lab/bin", WRITER, {}, "lab/bin holds neither model.safetensors nor model.safetensors.index"),
+    "no weights": ("lab/bin", WRITER, {}, "lab/bin holds no model.safetensors, model.safetensors.index.json, pytorch_"),
     "an index that leads elsewhere": ("lab/hostile", WRITER, {}, "must name plain files beside it, got '/"),
     "a damaged header": ("lab/damaged", WRITER, {}, "the header of "),
     "another kind": ("lab/other", WRITER, {}, "config.json"),
@@ -204,7 +217,7 @@ def refusing(hub, folders, elsewhere):
     hub.add("lab/gated", folders / "hf", gated=True)
     hub.add("other/private", folders / "hf", private=True)
     hub.add("lab/empty", {"model.gguf": b"x"})
-    hub.add("lab/bin", {"config.json": config, "pytorch_model.bin": b"x" * 1000})
+    hub.add("lab/bin", {"config.json": config, "optimizer.bin": b"x" * 1000})
     safetensors = (folders / "hf" / "model-00001-of-00002.safetensors").read_bytes()
     index = json.dumps({"weight_map": {"model.norm.weight": str(elsewhere)}}).encode()
     hub.add("lab/hostile", {"config.json": config, INDEX: index, str(elsewhere): safetensors})
