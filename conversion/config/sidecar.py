@@ -24,6 +24,7 @@ TYPES = {
     "chat_template": (str, type(None)),
     "more_config": (dict, NEW),
     "tokenizer_model": (str, type(None), NEW),
+    "tie_word_embeddings": (bool, NEW),
 }
 
 
@@ -41,6 +42,7 @@ def make_sidecar(
         "special_tokens": special_tokens,
         "chat_template": chat_template,
         "tokenizer_model": tokenizer_model,
+        "tie_word_embeddings": config["tie_word_embeddings"],  # a head may equal the embedding and be one of its own
     }
 
 

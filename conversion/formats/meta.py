@@ -81,8 +81,10 @@ def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None
         count = config["num_key_value_heads"]
         inferred.append(f"{count} key/value heads: each is stored {params['n_kv_heads'] // count} times")
     tied = table[0].split == OUTPUT.split and same_tensors(shards[OUTPUT.hf], shards[EMBEDDING.hf])
-    config["tie_word_embeddings"] = tied
-    inferred.append(f"embeddings {'tied' if tied else 'untied'}: compared with the output head")
+    says_untied = tied and not sidecar.get("tie_word_embeddings", True)
+    config["tie_word_embeddings"] = tied = tied and not says_untied
+    why = f"says {SIDECAR}" if says_untied else "compared with the output head"
+    inferred.append(f"embeddings {'tied' if tied else 'untied'}: {why}")
 
     if instruct is None:
         instruct, why = (sidecar["instruct"], f"says {SIDECAR}") if sidecar else (False, "no file of Meta's says")

@@ -104,6 +104,18 @@ def test_push_of_a_head_that_older_readers_would_lose(folder):
     run(*push(f"{folder}-whole"))
 
 
+@pytest.mark.parametrize("to", ["meta", "dcp"])
+def test_a_head_that_equals_the_embedding_and_is_one_of_its_own(to, folder, tmp_path):
+    """As one has it that was untied to be trained on."""
+    weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert convert(folder, tmp_path / to, to=to).verification.ok
+    assert not inspect(tmp_path / to).tied
+    convert(tmp_path / to, tmp_path / "back", to="hf")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_a_head_that_is_missing(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
