@@ -284,5 +284,7 @@ def test_nothing_is_gathered_whole():
     cut = array[(slice(None), slice(2, 4))]
     assert cut.shape == (6, 2) and np.array_equal(cut[:], whole[:, 2:4])
     assert np.array_equal(array[(slice(1, 5),)][1:3], whole[2:4])
-    assert array.reshape(-1, 1, 3, 5).swapaxes(1, 2).shape == (2, 3, 1, 5)
+    for head in ((3, 2), (1, 3)):  # one head over both bands, then two
+        by_head, theirs = (one.reshape(-1, *head, 5).swapaxes(1, 2) for one in (array, whole))
+        assert by_head.shape == theirs.shape and np.array_equal(by_head[:], theirs)
     assert ours.SUFFIX == ".distcp"

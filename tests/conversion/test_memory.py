@@ -45,6 +45,12 @@ def test_memory_is_bounded(options, source, tmp_path):
         convert(tmp_path / "target", tmp_path / "back", "--to", "meta", "--no-verify")
 
 
+def test_memory_of_distributed_checkpoints_is_bounded(source, tmp_path):
+    result = limited("-m", "hf_llama3", "convert", source, tmp_path / "dcp", "--to", "dcp", limit=2 * MEMORY_BYTES)
+    assert result.returncode == 0, result.stderr
+    convert(tmp_path / "dcp", tmp_path / "hf", "--no-verify")
+
+
 LOAD = """
 import sys, hf_llama3
 options = {"device_map": "auto", "max_memory": {"cpu": sys.argv[2]}, "offload_folder": sys.argv[3]}
