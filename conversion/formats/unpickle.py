@@ -181,7 +181,8 @@ class Machine:
     def push_tuple(self, values):
         made = tuple(values)
         if made:
-            self.measures.pop(id(made), None)
+            self.measures.pop(id(made), None)  # of one that is gone
+            self.placed.discard(id(made))
             self.grow(made, made)
         self.stack.append(made)
 
