@@ -173,10 +173,13 @@ def check_shapes(table: list[Row], shards: dict[str, list[StoredTensor]], config
 def same_tensors(ours: list[StoredTensor], theirs: list[StoredTensor]) -> bool:
     """Compare two tensors, shard by shard, to the bit."""
     return all(
-        one.dtype == other.dtype and (one is other or same_arrays(one.array, other.array))
+        one.dtype == other.dtype and (one is other or same_arrays(one, other))
         for one, other in zip(ours, theirs, strict=True)
     )
 
 
-def same_arrays(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.shape == other.shape and all(np.array_equal(one[block], other[block]) for block in row_blocks(one))
+def same_arrays(one: StoredTensor, other: StoredTensor) -> bool:
+    return one.shape == other.shape and all(
+        np.array_equal(one.file.take(one.array[block]), other.file.take(other.array[block]))
+        for block in row_blocks(one.array)
+    )

@@ -18,7 +18,7 @@ from hf_llama3.files.progress import byte_bar
 from .checkpoint import Checkpoint
 from .formats.cast import Cast
 from .formats.dcp import SUFFIX
-from .formats.storage import BY_NAME, SourceFile, write_all
+from .formats.storage import BY_NAME, Identity, SourceFile, identity, write_all
 from .opening import open_checkpoint
 from .plan import DEFAULT_SHARD_SIZE, TORCHTITAN, Plan, PlannedFile, plan_dcp, plan_hf, plan_meta
 from .provenance import PROVENANCE, make_provenance
@@ -26,6 +26,7 @@ from .tokenizer.rows import require_rows, resize, tokens_without_rows
 from .verify import VerificationReport, verify_checkpoints
 
 TARGETS = ("hf", "meta", "dcp")
+SMALL = (".json", ".model", ".jinja", ".txt", ".chk", ".jsonl")  # files beside the weights that are read
 WORKERS = 2  # one moves bytes while the other sums or rearranges
 MEMORY_BYTES = 700 * 10**6  # held by benchmarks/conversion.py and tests/conversion/test_memory.py
 
@@ -100,6 +101,7 @@ def convert(
     started = time.perf_counter()
     target = Path(target).resolve()
     checkpoint = open_checkpoint(source, rope_factor, llama_version, instruct)
+    seen = {path: identity(path) for path in checkpoint.path.iterdir()}
     plan = make_plan(checkpoint, to, mp, model_type, dtype, max_shard_size)
     free = check_target(checkpoint.path.resolve(), target, plan.needed_bytes, overwrite)
     report = ConversionReport(
@@ -125,9 +127,26 @@ def convert(
         plan.make_small_files()  # for what it notes
     else:
         with staging(target, overwrite) as folder:
-            execute(plan, folder, report, verify, progress)
+            try:
+                execute(plan, folder, report, verify, progress)
+            finally:  # whatever a change led to is said by its cause
+                check_unchanged(checkpoint, seen)
     report.seconds = round(time.perf_counter() - started, 3)
     return report
+
+
+def check_unchanged(source: Checkpoint, seen: dict[Path, Identity | None]):
+    """Raise unless the files of a source are those that were planned with.
+
+    Raises:
+        UserError: naming the file.
+    """
+    stored = [tensor for tensors in source.tensors.values() for tensor in tensors]
+    for file in {piece.file for tensor in stored for piece in getattr(tensor, "pieces", [tensor])}:
+        file.check_unchanged()
+    for path, before in seen.items():
+        if before and path.suffix in SMALL and identity(path) != before:
+            raise UserError(f"{path} changed while it was converted; run the same again when nothing writes it")
 
 
 def make_plan(checkpoint: Checkpoint, to, mp, model_type, dtype, max_shard_size) -> Plan:

@@ -4,6 +4,7 @@ A conversion computes nothing: it moves elements. They are read through memory m
 so neither torch nor a copy of the model is needed; runs that need no rearranging are moved by the kernel.
 """
 
+import errno
 import math
 import os
 import zlib
@@ -15,6 +16,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from hf_llama3.errors import UserError
+
+MOST_READ_IN_VAIN = 4  # times what is wanted: columns of a shard lie between others
 BLOCK_BYTES = 16 * 2**20  # how much of a tensor is moved or rearranged at a time
 
 
@@ -36,15 +40,80 @@ BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in DTYPES}
 BY_STORAGE = {dtype.storage: dtype for dtype in DTYPES}
 
 
+class Identity(NamedTuple):
+    """What tells a file from another in its place, and from what it was before it was written to."""
+
+    device: int
+    inode: int
+    size: int
+    written: int  # nanoseconds
+
+
+def identity(path: Path) -> Identity | None:
+    """Return what stands under a name; None where nothing does."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 @dataclass(eq=False)
 class SourceFile:
-    """A file that tensors are read from, mapped when the first of them is."""
+    """A file that tensors are read from: mapped for where they lie, and read, since a map of what shrinks is fatal."""
 
     path: Path
+    planned: Identity | None = field(init=False, repr=False)
+
+    def __post_init__(self):
+        self.planned = identity(self.path)
 
     @cached_property
     def bytes(self):
+        self.check_unchanged()
         return np.memmap(self.path, dtype=np.uint8, mode="r")
+
+    def check_unchanged(self):
+        """Raise unless the file is still the one that was there before its list of tensors was read.
+
+        Raises:
+            UserError: it is another, or was written to.
+        """
+        if (now := identity(self.path)) != self.planned or now is None:
+            sizes = " and ".join(f"{one.size} bytes" if one else "nothing" for one in (self.planned, now))
+            what = f"it was {sizes}" if sizes else ""
+            raise UserError(
+                f"{self.path} changed while it was read ({what}); run the same again when nothing writes it"
+            )
+
+    def read(self, offset: int, count: int) -> bytearray:
+        """Return bytes of the file.
+
+        Raises:
+            UserError: it was cut short since its list of tensors was read.
+        """
+        content = bytearray(count)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(offset)
+            done = 0
+            while done < count:
+                taken = file.readinto(memoryview(content)[done:])
+                if not taken:
+                    raise UserError(f"{self.path} was cut short while it was read; run the same again with it whole")
+                done += taken
+        return content
+
+    def take(self, view: np.ndarray) -> np.ndarray:
+        """Return the elements of a view of `bytes` in memory, contiguous; others than a view's are there already."""
+        if not np.may_share_memory(view, self.bytes):
+            return np.ascontiguousarray(view)
+        extent = sum((length - 1) * step for length, step in zip(view.shape, view.strides, strict=True)) + view.itemsize
+        if not view.size or extent > MOST_READ_IN_VAIN * view.nbytes:
+            self.check_unchanged()
+            return np.array(view, order="C")
+        offset = view.__array_interface__["data"][0] - self.bytes.__array_interface__["data"][0]
+        content = self.read(offset, extent)
+        return np.ascontiguousarray(np.ndarray(view.shape, view.dtype, content, 0, view.strides))
 
 
 @dataclass(eq=False)
@@ -76,8 +145,7 @@ class StoredTensor:
         """Return the bytes of a small tensor, and have the disk read no more than these: a map reads on ahead."""
         if not self.array.flags.c_contiguous:
             return self.array.tobytes()
-        with open(self.file.path, "rb", buffering=0) as file:
-            return read_back(file, self.offset, self.nbytes)
+        return bytes(self.file.read(self.offset, self.nbytes))
 
 
 @dataclass(eq=False)
@@ -106,9 +174,8 @@ class Run:
     offset: int
     nbytes: int
 
-    @property
-    def bytes(self) -> np.ndarray:
-        return self.file.bytes[self.offset : self.offset + self.nbytes]
+    def read(self, done: int = 0) -> np.ndarray:
+        return np.frombuffer(self.file.read(self.offset + done, self.nbytes - done), np.uint8)
 
 
 @dataclass(eq=False)
@@ -142,7 +209,7 @@ class Assembly:
     def blocks(self) -> Iterator[np.ndarray]:
         """Yield the elements from first to last, in memory or mapped."""
         for piece in self._stored_pieces():
-            block = piece if isinstance(piece, np.ndarray) else piece.bytes.view(f"<u{self.stored.itemsize}")
+            block = piece if isinstance(piece, np.ndarray) else piece.read().view(f"<u{self.stored.itemsize}")
             yield self.cast(block, self.stored) if self.cast else block
 
     def pieces(self) -> Iterator[Run | np.ndarray]:
@@ -152,7 +219,7 @@ class Assembly:
     def _stored_pieces(self):
         if self.axis != 0:
             for rows in row_blocks(self.parts[0].array, width=math.prod(self.shape[1:]) * self.stored.itemsize):
-                yield np.concatenate([part.array[rows] for part in self.parts], axis=self.axis)
+                yield np.concatenate([part.file.take(part.array[rows]) for part in self.parts], axis=self.axis)
             return
         for part in self.parts:
             if part.is_run:
@@ -160,7 +227,7 @@ class Assembly:
                     yield Run(part.file, part.offset + start, min(BLOCK_BYTES, part.array.nbytes - start))
             else:
                 for rows in row_blocks(part.array):
-                    yield np.ascontiguousarray(part.array[rows])
+                    yield part.file.take(part.array[rows])
 
     def write(self, out: BinaryIO, offset: int, progress: Callable[[int], None], with_checksum: bool) -> int:
         """Write the elements into `out`, open for reading and writing and unbuffered, at `offset`.
@@ -209,7 +276,7 @@ def copy_run(run: Run, out: BinaryIO, offset: int):
             except (AttributeError, OSError):  # another system, another file system; a full disk is met again below
                 moved = 0
             if not moved:
-                write_all(out, run.bytes[done:], offset + done)
+                write_all(out, run.read(done), offset + done)
                 return
             done += moved
 
@@ -228,5 +295,8 @@ def read_back(out: BinaryIO, offset: int, count: int) -> bytes:
     out.seek(offset)
     content = out.read(count)
     while len(content) < count:
-        content += out.read(count - len(content))
+        more = out.read(count - len(content))
+        if not more:
+            raise OSError(errno.EIO, "somebody cut it short")
+        content += more
     return content

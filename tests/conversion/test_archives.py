@@ -258,12 +258,3 @@ def test_a_pickle_whose_sum_is_another(sound):
     content[at] ^= 1
     sound.write_bytes(content)
     refused(sound, "is not what it was")
-
-
-@pytest.mark.parametrize("count", [100, 3000])
-def test_many_tensors(count, tmp_path):
-    """What is measured goes by the place of a value in memory, which the next value may take."""
-    tensors = {f"layers.{index}.weight": torch.zeros(2, 3) for index in range(count)}
-    beside = [{"state": torch.zeros(1), "betas": (0.9, [index])} for index in range(count)]
-    torch.save({"model": tensors, "optimizer": beside}, tmp_path / "x.pth")
-    assert read_pth(tmp_path / "x.pth").keys() == tensors.keys()
