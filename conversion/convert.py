@@ -14,6 +14,7 @@ from hf_llama3.errors import UserError
 from hf_llama3.files.atomic import check_target, clear, files_in, finish, staging, sync, write_files
 from hf_llama3.files.hashes import CHECKLIST, CHECKSUMS, check_sums, format_sums, hash_file
 from hf_llama3.files.progress import byte_bar
+from hf_llama3.files.reading import refuse_links
 
 from .checkpoint import Checkpoint
 from .formats.cast import Cast
@@ -22,6 +23,7 @@ from .formats.storage import BY_NAME, Identity, SourceFile, identity, write_all
 from .opening import open_checkpoint
 from .plan import DEFAULT_SHARD_SIZE, TORCHTITAN, Plan, PlannedFile, plan_dcp, plan_hf, plan_meta
 from .provenance import PROVENANCE, make_provenance
+from .tokenizer.files import tokenizer_paths
 from .tokenizer.rows import require_rows, resize, tokens_without_rows
 from .verify import VerificationReport, verify_checkpoints
 
@@ -101,6 +103,9 @@ def convert(
     started = time.perf_counter()
     target = Path(target).resolve()
     checkpoint = open_checkpoint(source, rope_factor, llama_version, instruct)
+    if checkpoint.hf_tokenizer is not None:
+        refuse_links(checkpoint.hf_tokenizer, tokenizer_paths(checkpoint.hf_tokenizer).values())
+    refuse_links(checkpoint.path, checkpoint.path.glob("*.json"))
     seen = {path: identity(path) for path in checkpoint.path.iterdir()}
     plan = make_plan(checkpoint, to, mp, model_type, dtype, max_shard_size)
     free = check_target(checkpoint.path.resolve(), target, plan.needed_bytes, overwrite)

@@ -13,6 +13,7 @@ from hf_llama3.errors import UserError, words_of
 from hf_llama3.files.facts import CURVES_FILE, EVALUATIONS, TRAINING_FACTS
 from hf_llama3.files.hashes import CHECKSUMS, check_sums
 from hf_llama3.files.json import read_json
+from hf_llama3.files.reading import leads_outside
 from hf_llama3.remote_code import AUTO_MAP, CODE_FILES, carries_code, code_files
 
 from .card import CARD, version_of
@@ -115,9 +116,7 @@ def check_loads(folder: Path):
 
 def check_place(folder: Path, path: Path):
     """Raise if a file is a link to one outside of the folder, and of the Hub's cache where the folder lies in that."""
-    home, place = folder.resolve(), path.resolve()
-    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not (place.is_relative_to(home) or place.is_relative_to(cache)):
+    if place := leads_outside(folder, path):
         raise UserError(
             f"{path} is a link to {place}, outside of the folder; put a copy there if it is to be published"
         )

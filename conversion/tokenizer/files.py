@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hf_llama3.errors import UserError
 from hf_llama3.files.json import read_json, to_json
+from hf_llama3.files.reading import refuse_links
 
 from ..checkpoint import Checkpoint
 from .bpe import NUM_SPECIAL_TOKENS, all_merges, hf_tokenizer_files, meta_tokenizer_file, read_ranks
@@ -50,6 +51,7 @@ def tokenizer_paths(folder: Path) -> dict[str, Path]:
 
 def copy_files(folder: Path, portable: bool = True) -> dict[str, bytes]:
     """Take the tokenizer files as they are; `portable` names a class that version 4 knows."""
+    refuse_links(folder, tokenizer_paths(folder).values())
     try:
         files = {name: path.read_bytes() for name, path in tokenizer_paths(folder).items()}
     except OSError as error:

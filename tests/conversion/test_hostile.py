@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-from checkpoints import hf_model, params, write_meta
+from checkpoints import hf_model, params, small_tokenizer, write_meta
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -231,6 +231,46 @@ def test_things_that_are_no_files(kind, name, meta):
 def test_folder_that_leads_to_itself(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     refused(tmp_path / "loop", "cannot be opened: Too many levels of symbolic links")
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path):
+    write_meta(tmp_path / "first", params(vocab=516), tokenizer=small_tokenizer(tmp_path))
+    convert(tmp_path / "first", tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+LINKED = ("vocab.txt", "chat_template.jinja", "additional_chat_templates/x.jinja", "tokenizer.json")
+LINKED += ("generation_config.json",)
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab.txt", "chat_template.jinja", TEMPLATE, "tokenizer.json", "generation_config.json"]
+)
+def test_links_to_what_is_not_the_models(name, with_tokenizer):
+    """It would stand in the target as a file of the model, and be published with it."""
+    hf = with_tokenizer
+    (hf.parent / "secret").write_bytes((hf / name).read_bytes() if (hf / name).exists() else b"{}")
+    (hf / name).parent.mkdir(exist_ok=True)
+    (hf / name).unlink(missing_ok=True)
+    (hf / name).symlink_to(hf.parent / "secret")
+    with pytest.raises(UserError, match=r"is a link to .*secret, outside of the folder; put a copy there"):
+        convert(hf, hf.parent / "out", to="hf")
+    assert not list(hf.parent.glob("out*"))
+
+
+def test_links_of_the_hubs_cache(with_tokenizer):
+    home = with_tokenizer.parent / "models--a--b"
+    blobs, commit = home / "blobs", home / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    commit.mkdir(parents=True)
+    (with_tokenizer / "chat_template.jinja").write_text("{{ messages }}")
+    for path in sorted(with_tokenizer.iterdir()):
+        path.rename(blobs / path.name)
+        (commit / path.name).symlink_to(f"../../blobs/{path.name}")
+    convert(commit, home.parent / "out", to="hf")
+    assert (home.parent / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not any(path.is_symlink() for path in (home.parent / "out").iterdir())
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
