@@ -244,9 +244,7 @@ LINKED = ("vocab.txt", "chat_template.jinja", "additional_chat_templates/x.jinja
 LINKED += ("generation_config.json",)
 
 
-@pytest.mark.parametrize(
-    "name", ["vocab.txt", "chat_template.jinja", TEMPLATE, "tokenizer.json", "generation_config.json"]
-)
+@pytest.mark.parametrize("name", LINKED)
 def test_links_to_what_is_not_the_models(name, with_tokenizer):
     """It would stand in the target as a file of the model, and be published with it."""
     hf = with_tokenizer
