@@ -12,7 +12,7 @@ import numpy as np
 
 from hf_llama3.errors import UserError
 from hf_llama3.files.atomic import check_target, clear, files_in, finish, staging, sync, write_files
-from hf_llama3.files.hashes import CHECKLIST, CHECKSUMS, check_sums, format_sums, hash_file
+from hf_llama3.files.hashes import CHECKLIST, CHECKSUMS, check_sums, format_sums, hash_file, read_sums
 from hf_llama3.files.progress import byte_bar
 from hf_llama3.files.reading import refuse_links
 
@@ -23,7 +23,7 @@ from .formats.storage import BY_NAME, Identity, SourceFile, identity, write_all
 from .opening import open_checkpoint
 from .plan import DEFAULT_SHARD_SIZE, TORCHTITAN, Plan, PlannedFile, plan_dcp, plan_hf, plan_meta
 from .provenance import PROVENANCE, make_provenance
-from .tokenizer.files import tokenizer_paths
+from .tokenizer.files import read_sentencepiece, tokenizer_paths
 from .tokenizer.rows import require_rows, resize, tokens_without_rows
 from .verify import VerificationReport, verify_checkpoints
 
@@ -108,6 +108,7 @@ def convert(
     refuse_links(checkpoint.path, checkpoint.path.glob("*.json"))
     seen = {path: identity(path) for path in checkpoint.path.iterdir()}
     plan = make_plan(checkpoint, to, mp, model_type, dtype, max_shard_size)
+    check_small_files(checkpoint, verify)
     free = check_target(checkpoint.path.resolve(), target, plan.needed_bytes, overwrite)
     report = ConversionReport(
         source=str(source),
@@ -184,6 +185,19 @@ def make_plan(checkpoint: Checkpoint, to, mp, model_type, dtype, max_shard_size)
             raise UserError(f"{option} is for a Hugging Face target, got {value!r} with --to meta; leave it out")
     require_rows(checkpoint)
     return plan_meta(checkpoint, 1 if mp is None else mp, cast)
+
+
+def check_small_files(source: Checkpoint, verify: bool):
+    """Look at what is read beside the tensors while these are written, before any is.
+
+    Raises:
+        UserError: a list of hashes, or a sentencepiece model, is none.
+    """
+    checklist = source.path / CHECKLIST
+    if verify and checklist.exists():
+        read_sums(checklist)
+    if source.tokenizer_kind == "sentencepiece" and source.hf_tokenizer is None:
+        read_sentencepiece(source.tokenizer)
 
 
 def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, progress: bool):

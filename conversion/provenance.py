@@ -1,31 +1,26 @@
 """What a folder was made from and what was measured of it, in files beside the model: its card says so."""
 
+import math
 from pathlib import Path
 
 from hf_llama3.errors import UserError
 from hf_llama3.files.facts import EVALUATIONS, TRAINING_FACTS, __version__
 from hf_llama3.files.json import read_json, to_json
+from hf_llama3.files.schema import OBJECT, Rule, listed, number, optional, text, whole
 
 from .plan import Plan
 from .verify import VerificationReport
 
 PROVENANCE = "provenance.json"
-# Key -> type, of what is read from each file
-PROVENANCE_FACTS = {
-    "source": str,
-    "format": str,
-    "shards": int,
-    "llama_version": str,
-    "cast_to": str | None,
-    "verified": dict | None,
-    "hf_llama3": str,
-}
-PROOF = {"tensors": int, "tokenizer": str}
-TRAINING = {"text": str, "source": str | None}
-TRAINING |= dict.fromkeys(("steps", "batch_size", "context", "vocab_size", "seed", "best_step"), int)
-TRAINING |= dict.fromkeys(("first_loss", "validation_loss", "learning_rate", "seconds"), float | int)
-EVALUATION = dict.fromkeys(("text", "dtype", "command", "hf_llama3"), str) | {"quantize": str | None}
-EVALUATION |= {"tokens": int, "context": int, "loss": float | int, "perplexity": float | int}
+# Key -> rule, of what is read from each file
+PROVENANCE_FACTS = dict.fromkeys(("source", "format", "llama_version", "hf_llama3"), text())
+PROVENANCE_FACTS |= {"shards": whole(), "cast_to": optional(text()), "verified": optional(OBJECT)}
+PROOF = {"tensors": whole(0), "tokenizer": text()}
+TRAINING = {"text": text(), "source": optional(text()), "vocab_size": whole()}
+TRAINING |= dict.fromkeys(("steps", "batch_size", "context", "seed", "best_step"), whole(0))
+TRAINING |= dict.fromkeys(("first_loss", "validation_loss", "learning_rate", "seconds"), number(0))
+EVALUATION = dict.fromkeys(("text", "dtype", "command", "hf_llama3"), text()) | {"quantize": optional(text())}
+EVALUATION |= {"tokens": whole(0), "context": whole(0), "loss": number(0), "perplexity": number(0, math.inf)}
 
 
 def make_provenance(plan: Plan, verification: VerificationReport | None) -> bytes:
@@ -86,15 +81,13 @@ def read_evaluations(folder: Path) -> list[dict]:
     path = folder / EVALUATIONS
     if not path.exists():
         return []
-    found = check_facts(read_json(path), {"evaluations": list}, path)["evaluations"]
-    return [check_facts(one if isinstance(one, dict) else {}, EVALUATION, path) for one in found]
+    found = check_facts(read_json(path), {"evaluations": listed(OBJECT)}, path)["evaluations"]
+    return [check_facts(one, EVALUATION, path) for one in found]
 
 
-def check_facts(facts: dict, types: dict, path: Path) -> dict:
-    """Return facts that have all the keys, each of its type."""
-    for key, kind in types.items():
-        if not isinstance(facts.get(key, ...), kind):
-            raise UserError(
-                f"`{key}` in {path} is missing or of another type than this package writes; remove the file"
-            )
+def check_facts(facts: dict, rules: dict[str, Rule], path: Path) -> dict:
+    """Return facts that have all the keys, each as its rule says."""
+    for key, rule in rules.items():
+        if not rule.takes(facts.get(key, ...)):
+            raise UserError(f"`{key}` in {path} is missing or not what this package writes; remove the file")
     return facts

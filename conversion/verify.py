@@ -11,8 +11,8 @@ from hf_llama3.errors import UserError
 from hf_llama3.files.progress import byte_bar
 
 from .checkpoint import Checkpoint
-from .config.hf import GEOMETRY
 from .config.params import MissingFlag
+from .config.schema import GEOMETRY
 from .formats.cast import Cast
 from .formats.storage import Dtype, to_floats
 from .opening import open_checkpoint

@@ -1,5 +1,6 @@
 """The error that a user can cause, and mend; and how what stands in a file, or was typed, may be shown."""
 
+import contextlib
 import re
 import reprlib
 from pathlib import PurePath
@@ -50,6 +51,22 @@ def words_of(error: BaseException) -> str:
     What PyTorch's C++ adds of itself, a list of addresses, is left out; of an error that says nothing the kind is said.
     """
     return " ".join(str(error).split("Exception raised from")[0].split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def library_errors(what: str, remedy: str):
+    """Turn whatever a library raises into a sentence: "WHAT (its words); REMEDY".
+
+    A panic of one that is written in Rust is no `Exception`, so that it passes what catches those.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({words_of(error)}); {remedy}") from error
 
 
 def for_terminal(text: str) -> str:

@@ -9,12 +9,13 @@ from jinja2 import Environment, StrictUndefined
 from hf_llama3.conversion import CheckpointInfo, inspect
 from hf_llama3.conversion.config.params import UNKNOWN_VERSION
 from hf_llama3.conversion.provenance import read_evaluations, read_provenance, read_training
+from hf_llama3.conversion.tokenizer.bounds import read_tokenizer_file
 from hf_llama3.errors import UserError
 from hf_llama3.files.atomic import system_errors, write_file
 from hf_llama3.files.facts import CURVES_FILE, __version__
 from hf_llama3.files.hashes import CHECKSUMS, HEX_DIGITS, hash_file, read_sums
-from hf_llama3.files.json import read_json
 from hf_llama3.files.progress import byte_bar
+from hf_llama3.files.reading import read_text
 from hf_llama3.presets import VOCAB_SIZE
 from hf_llama3.remote_code import CODE_FILES, carries_code
 
@@ -99,10 +100,7 @@ def read_card(path: Path) -> str:
         return ""
     if not path.is_file():
         raise UserError(f"{path} must be a file for a card, and is a folder or a device; name another")
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text; mend or remove it") from error
+    return read_text(path, "mend or remove it")
 
 
 def written_by_user(content: str, path: Path) -> str | None:
@@ -184,11 +182,9 @@ def tokenizer_of(folder: Path, config: dict) -> str | None:
     path = folder / "tokenizer.json"
     if not path.exists():
         return None
-    tokenizer = read_json(path)
-    tokens = [token for token in as_list(tokenizer.get("added_tokens")) if isinstance(token, dict)]
-    names = {token.get("id"): token.get("content") for token in tokens if isinstance(token.get("id"), int)}
-    model = tokenizer.get("model")
-    facts = [str(model["type"])] if isinstance(model, dict) and "type" in model else []
+    tokenizer = read_tokenizer_file(path)
+    names = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or []}
+    facts = [tokenizer["model"]["type"]] if "type" in tokenizer["model"] else []
     for title, key in (("begins with", "bos_token_id"), ("ends with", "eos_token_id")):
         if found := [f"`{names[token]}`" for token in as_list(config.get(key)) if token in names]:
             facts.append(f"{title} {' or '.join(found)}")

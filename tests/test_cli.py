@@ -365,7 +365,7 @@ def test_model_without_tokenizer(meta):
         (lambda f: (f / "model.safetensors").write_bytes(b"short"), "is not a whole safetensors file"),
         (lambda f: edit_json(f / "config.json", hidden_size=128), "64] in model.safetensors"),
         (lambda f: edit_json(f / "config.json", model_type="bert"), "`model_type` in"),
-        (lambda f: (f / "tokenizer.json").write_text("{"), "cannot be loaded"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "is not valid JSON"),
         (lambda f: drop_tensor(f, "model.norm.weight"), "lacks 1 tensor: 'model.norm.weight'"),
     ],
 )

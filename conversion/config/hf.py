@@ -4,26 +4,16 @@ from pathlib import Path
 
 from hf_llama3.errors import UserError, quoted
 from hf_llama3.files.json import read_json, to_json
+from hf_llama3.files.schema import check
 from hf_llama3.presets import llama3_scaling
 from hf_llama3.remote_code import AUTO_MAP
 
 from ..weights import HEADS, LANGUAGE_MODEL
+from .schema import CONFIG, CONFIG_REQUIRED, GEOMETRY, ID, ROPE, ROPE_VALUE, check_ids
 
 UPSTREAM_ROPE_THETA = 10000.0  # what `model_type: llama` means where it does not say (`LlamaConfig.default_theta`)
 KNOWN_TYPES = {"llama": "Llama", "llama3": "Llama3"}  # what a class's name begins with
 OTHER_TYPES = {"mllama": "a vision model", "llama4": "Llama 4", "llama4_text": "Llama 4"}
-LARGEST = 2**40  # beyond any number of a model
-GEOMETRY = {  # key -> its type
-    "vocab_size": int,
-    "hidden_size": int,
-    "intermediate_size": int,
-    "num_hidden_layers": int,
-    "num_attention_heads": int,
-    "num_key_value_heads": int,
-    "head_dim": int,
-    "max_position_embeddings": int,
-    "rms_norm_eps": float,
-}
 PASSED_ON = {  # written as they are found, or as every Llama has them
     "hidden_act": "silu",
     "attention_bias": False,
@@ -67,25 +57,29 @@ def read_config(path: Path, inferred: list[str] | None = None) -> dict:
     if not isinstance(kind, str) or kind not in KNOWN_TYPES:
         meaning = f" ({OTHER_TYPES[kind]})" if isinstance(kind, str) and kind in OTHER_TYPES else ""
         remedy = f"; transformers itself loads others: AutoModelForCausalLM.from_pretrained('{path.parent}')"
-        raise UserError(f"`model_type` in {path} must be one of {sorted(KNOWN_TYPES)}, got {kind!r}{meaning}{remedy}")
+        raise UserError(
+            f"`model_type` in {path} must be one of {sorted(KNOWN_TYPES)}, got {quoted(kind)}{meaning}{remedy}"
+        )
     if raw.get("quantization_config"):
         how = "packed" if is_packed(raw) else "quantised"
         raise UserError(f"{path} describes {how} weights (`quantization_config`); take the original ones")
     if raw.get("hidden_act", PASSED_ON["hidden_act"]) != PASSED_ON["hidden_act"]:
-        raise UserError(f"`hidden_act` in {path} must be 'silu' as in every Llama, got {raw['hidden_act']!r}")
+        raise UserError(f"`hidden_act` in {path} must be 'silu' as in every Llama, got {quoted(raw['hidden_act'])}")
 
     inferred = [] if inferred is None else inferred
     for key, value in UNSAID[kind].items():
         if key not in raw or (raw[key] is None and key == "max_position_embeddings"):
             raw[key] = value
             inferred.append(f"`{key}` {value:g}: {path.name} does not say it, and transformers takes that")
+    check(raw, CONFIG, path, CONFIG_REQUIRED)
     config = {key: raw.get(key) for key in GEOMETRY}
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
-    check_numbers({key: value for key, value in config.items() if key != "head_dim"}, path)
     if config["head_dim"] is None:
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    check_numbers(config, path)
+    if not config["head_dim"]:
+        sizes = f"{config['hidden_size']} and {config['num_attention_heads']}"
+        raise UserError(f"{path}: `hidden_size` must be at least `num_attention_heads`, got {sizes}")
     if config["num_attention_heads"] % config["num_key_value_heads"]:
         heads = f"{config['num_attention_heads']} and {config['num_key_value_heads']}"
         raise UserError(f"{path}: `num_attention_heads` must be a multiple of `num_key_value_heads`, got {heads}")
@@ -96,16 +90,18 @@ def read_config(path: Path, inferred: list[str] | None = None) -> dict:
     config["rope_parameters"] = read_rope(raw, path, inferred)
     config["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", False))
     config |= {key: read_token_id(key, raw.get(key), path, inferred) for key in TOKEN_IDS}
+    check_ids(config, config["vocab_size"], path)
     if head_of(raw) != LANGUAGE_MODEL:
         config |= {key: raw[key] for key in ("architectures", *LABEL_KEYS) if raw.get(key) is not None}
         check_labels(config, path)
-    return config | {key: raw.get(key, usual) for key, usual in PASSED_ON.items()}
+    return config | {key: usual if raw.get(key) is None else raw[key] for key, usual in PASSED_ON.items()}
 
 
 def read_token_id(key: str, value, path: Path, inferred: list[str]) -> int | list[int] | None:
     """Return one id, or none; of `eos_token_id` there may be several."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(token_id) is not int for token_id in ids) or (len(ids) > 1 and key != "eos_token_id"):
+    usable = all(ID.takes(token_id) or (token_id == -1 and key == "pad_token_id") for token_id in ids)
+    if not usable or (len(ids) > 1 and key != "eos_token_id"):
         several = " or a list of them" if key == "eos_token_id" else ""
         raise UserError(f"`{key}` in {path} must be an id{several}, got {quoted(value)}; write there which is meant")
     if not isinstance(value, list) or (ids and key == "eos_token_id"):
@@ -141,13 +137,6 @@ def is_packed(raw: dict) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == PACKED
 
 
-def check_numbers(config: dict, path: Path):
-    for key, value in config.items():
-        number = GEOMETRY[key]
-        if type(value) not in ((int, float) if number is float else (int,)) or not 0 < value < LARGEST:
-            raise UserError(f"`{key}` in {path} must be a positive {number.__name__}, got {value!r}")
-
-
 def read_rope(raw: dict, path: Path, inferred: list[str]) -> dict:
     """Gather what version 4 writes as `rope_theta` and `rope_scaling` and version 5 as `rope_parameters`.
 
@@ -156,7 +145,7 @@ def read_rope(raw: dict, path: Path, inferred: list[str]) -> dict:
     older, newer = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
     rope = older or newer
     if not isinstance(rope, dict):
-        raise UserError(f"`rope_parameters` in {path} must be a JSON object, got {rope!r}")
+        raise UserError(f"`rope_parameters` in {path} must be a JSON object, got {quoted(rope)}")
     if older and isinstance(newer, dict) and any(older.get(key, value) != value for key, value in newer.items()):
         inferred.append("RoPE: `rope_scaling`, which transformers takes, and not `rope_parameters`, which differs")
     rope = dict(rope)
@@ -175,10 +164,14 @@ def read_rope(raw: dict, path: Path, inferred: list[str]) -> dict:
     if rope_type == "llama3" and context != rope.get(ORIGINAL):
         inferred.append(f"`{ORIGINAL}` {quoted(context)}: as transformers takes it")
         rope[ORIGINAL] = context
-    needed = LLAMA3_SCALING if rope_type == "llama3" else ()
-    for key, value in {"rope_theta": theta, **{key: rope.get(key) for key in needed}}.items():
-        if type(value) not in (int, float) or not 0 < value < LARGEST:
-            raise UserError(f"`{key}` of the RoPE in {path} must be a positive number, got {value!r}")
+    needed = dict.fromkeys(LLAMA3_SCALING) if rope_type == "llama3" else {}
+    for key, value in (needed | {"rope_theta": theta, "rope_type": rope_type} | rope).items():
+        rule = ROPE.get(key, ROPE_VALUE)
+        if not rule.takes(value) and (value is not None or key in (*needed, "rope_theta")):
+            raise UserError(f"`{key}` of the RoPE in {path} must be {rule.words}, got {quoted(value)}")
+    if needed and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        factors = f"{rope['low_freq_factor']} and {rope['high_freq_factor']}"
+        raise UserError(f"`low_freq_factor` of the RoPE in {path} must be below `high_freq_factor`, got {factors}")
     return {"rope_theta": float(theta), "rope_type": rope_type} | rope
 
 

@@ -6,12 +6,14 @@ transformers. What params.json has no place for stands in a file beside it, see 
 
 from pathlib import Path
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 from hf_llama3.files.json import read_json
+from hf_llama3.files.schema import check
 from hf_llama3.presets import LONG_CONTEXT, ORIGINAL_CONTEXT, PRESETS, ROPE_THETA, VOCAB_SIZE, llama3_scaling
 
 from ..weights import BIAS_KEYS, LANGUAGE_MODEL
-from .hf import LARGEST, head_of
+from .hf import head_of
+from .schema import PARAMS, PARAMS_REQUIRED
 from .sidecar import SIDECAR
 
 LLAMA2_ROPE_THETA = 10000.0  # what a params.json that does not say means (llama-models 0.3.0, Llama 2's `ModelArgs`)
@@ -19,22 +21,6 @@ CODE_LLAMA_ROPE_THETA = 1e6
 UNKNOWN_VERSION = "unknown"
 LLAMA2_VOCABULARIES = (32000, 32016)  # Llama 2, and Code Llama with its infilling tokens
 
-# params.json: key -> its type, whether it must be there
-PARAMS = {
-    "dim": (int, True),
-    "n_layers": (int, True),
-    "n_heads": (int, True),
-    "n_kv_heads": (int, False),
-    "norm_eps": (float, True),
-    "vocab_size": (int, False),
-    "multiple_of": (int, False),
-    "ffn_dim_multiplier": (float, False),
-    "rope_theta": (float, False),
-    "use_scaled_rope": (bool, False),
-    "rope_scaling_factor": (float, False),  # not Meta's, but other tools'
-    "max_batch_size": (int, False),  # of the run, not of the model
-    "max_seq_len": (int, False),
-}
 REFUSED = {
     "quantization_args": "quantised weights",
     "lora_args": "weights with LoRA adapters beside them",
@@ -105,17 +91,13 @@ def read_params(path: Path) -> dict:
     for key, meaning in REFUSED.items():
         if params.get(key) not in (None, -1, {}):
             raise UserError(f"{path} describes {meaning} (`{key}`), which has no Llama 3 text model to become")
-    for key, (kind, required) in PARAMS.items():
+    for key in PARAMS_REQUIRED:
         if key not in params:
-            if required:
-                raise UserError(f"{path} lacks `{key}`; it is not the params.json of a Llama")
-            continue
-        value = params[key]
-        right_type = type(value) in ((int, float) if kind is float else (kind,))
-        if not right_type or not (kind is bool or 0 < value < LARGEST or (key == "vocab_size" and value == -1)):
-            raise UserError(f"`{key}` in {path} must be a positive {kind.__name__}, got {value!r}")
+            raise UserError(f"{path} lacks `{key}`; it is not the params.json of a Llama")
+    check(params, PARAMS, path)
     if unknown := sorted(params.keys() - PARAMS.keys() - REFUSED.keys()):
-        raise UserError(f"{path} holds {unknown}, which no Llama of Meta's has; remove what does not change the model")
+        remedy = "remove what does not change the model"
+        raise UserError(f"{path} holds {quoted(unknown)}, which no Llama of Meta's has; {remedy}")
     return params
 
 

@@ -6,26 +6,15 @@ names of the special tokens and the chat template. Meta's readers do not look at
 
 from pathlib import Path
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 from hf_llama3.files.json import read_json
+from hf_llama3.files.schema import check
 
+from . import schema
 from .hf import PASSED_ON, TOKEN_IDS, WRITTEN_ANEW
 
 SIDECAR = "huggingface.json"
 CONFIG_KEYS = ("max_position_embeddings", *TOKEN_IDS, *PASSED_ON)
-NEW = type(...)  # a key that earlier versions did not write
-TYPES = {
-    "rope_factor": (float, int, type(None)),
-    "num_key_value_heads": (int,),
-    "config": (dict,),
-    "generation_config": (dict, type(None)),
-    "instruct": (bool,),
-    "special_tokens": (list, type(None)),
-    "chat_template": (str, type(None)),
-    "more_config": (dict, NEW),
-    "tokenizer_model": (str, type(None), NEW),
-    "tie_word_embeddings": (bool, NEW),
-}
 
 
 def make_sidecar(
@@ -56,13 +45,12 @@ def read_sidecar(folder: Path) -> dict:
     if not path.exists():
         return {}
     sidecar = read_json(path)
-    for key, types in TYPES.items():
-        if not isinstance(sidecar.get(key, ...), types):
-            raise UserError(f"`{key}` in {path} must be {types[0].__name__}, got {sidecar.get(key)!r}; remove the file")
+    remedy = "; remove the file"
+    check(sidecar, schema.SIDECAR, path, schema.SIDECAR_REQUIRED, remedy)
+    check(sidecar["config"], schema.CONFIG | schema.IDS, path, remedy=remedy)
+    check(sidecar["generation_config"] or {}, schema.GENERATION, path, remedy=remedy)
     if unknown := sidecar["config"].keys() - set(CONFIG_KEYS):
-        raise UserError(f"`config` in {path} holds {sorted(unknown)}, which params.json decides; remove the file")
+        raise UserError(f"`config` in {path} holds {quoted(sorted(unknown))}, which params.json decides{remedy}")
     if written := sidecar.get("more_config", {}).keys() & set(WRITTEN_ANEW):
-        raise UserError(f"`more_config` in {path} holds {sorted(written)}, which stand elsewhere; remove the file")
-    if not all(isinstance(name, str) for name in sidecar["special_tokens"] or []):
-        raise UserError(f"`special_tokens` in {path} must be names; remove the file")
+        raise UserError(f"`more_config` in {path} holds {quoted(sorted(written))}, which stand elsewhere{remedy}")
     return sidecar

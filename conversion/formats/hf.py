@@ -9,6 +9,7 @@ from hf_llama3.files.json import read_json
 from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, same_tensors
 from ..config.hf import head_of, read_config, read_more_config
 from ..config.params import infer_version
+from ..config.schema import INDEX_MAP, read_small_files
 from ..tokenizer.bpe import find_hf_tokenizer, special_tokens
 from ..tokenizer.templates import DEFAULT, read_chat_templates
 from ..weights import BIAS_KEYS, EMBEDDING, LANGUAGE_MODEL, OUTPUT, name_in_file, rows
@@ -29,6 +30,7 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
     """Open a Hugging Face folder; None means to infer."""
     inferred = []
     config = read_config(folder / "config.json", inferred)
+    generation = read_small_files(folder, config["vocab_size"]).get("generation_config.json")
     found = find_weights(folder, inferred)
     if (folder / ADAPTER).exists():
         check_adapter(folder, inferred)
@@ -67,12 +69,11 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
         inferred.append("embeddings untied: config.json ties them, but there is a head that differs, which is kept")
     names_as_is = {name_in_file(name, head) for name in tensors} - found.keys() <= {OUTPUT.hf}
     divides = config["hidden_size"] % config["num_attention_heads"] == 0  # or upstream's class refuses any `head_dim`
-    generation = folder / "generation_config.json"
     return Checkpoint(
         *(folder, "hf", config, table, shards, tokenizer, kind, version, instruct),
         special_tokens=special_tokens(version) if kind == "tiktoken" else None,
         chat_template=templates.get(DEFAULT),
-        generation_config=read_json(generation) if generation.exists() else None,
+        generation_config=generation,
         inferred=inferred,
         order=order,
         more_config=read_more_config(folder / "config.json"),
@@ -128,10 +129,10 @@ def merge(folder: Path) -> str:
 
 def read_sharded(folder: Path, index: str, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     weight_map = read_json(folder / index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not INDEX_MAP.takes(weight_map) or not weight_map:
         raise UserError(f"{folder / index} must hold a `weight_map` from tensors to files, got {quoted(weight_map)}")
     tensors = {}
-    for name in sorted({str(file) for file in weight_map.values()}):
+    for name in sorted(set(weight_map.values())):
         if {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}:
             raise UserError(
                 f"{folder / index} must name plain files beside it, got {quoted(name)}; do not trust this folder"

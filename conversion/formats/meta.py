@@ -13,8 +13,10 @@ from hf_llama3.errors import UserError, quoted
 from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, same_tensors
 from ..config.hf import TOKEN_IDS, published_generation
 from ..config.params import infer_version, params_to_config, read_params
+from ..config.schema import check_ids, read_small_files
 from ..config.sidecar import SIDECAR, read_sidecar
 from ..tokenizer.bpe import (
+    check_special_tokens,
     find_hf_tokenizer,
     read_ranks,
     special_tokens,
@@ -68,6 +70,8 @@ def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None
     if carried and other_dialogue and kind == "tiktoken":
         carried = None
         inferred.append(f"tokenizer: made anew, since {CARRIED}/ is {'a base' if instruct else 'an instruct'} model's")
+    if carried:
+        read_small_files(carried, vocab_size)
     version, why = infer_version(config, family, llama_version, folder)
     inferred.append(f"Llama {version}: {why}")
 
@@ -92,6 +96,7 @@ def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None
     names = sidecar.get("special_tokens")
     if kind == "tiktoken":
         names = names or special_tokens(version)
+        check_special_tokens(names, folder / SIDECAR)
         config |= token_ids(names, first_special_id(tokenizer, names, vocab_size, inferred), instruct)
     else:
         config |= token_ids_without_tokenizer(version, vocab_size, instruct)
@@ -99,6 +104,8 @@ def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None
             inferred.append(f"no tokenizer: the folder has no {TOKENIZER_MODEL}")
     config |= sidecar.get("config", {})
     generation = sidecar["generation_config"] if "generation_config" in sidecar else published_generation(config)
+    for values in (config, generation or {}):
+        check_ids(values, vocab_size, folder / SIDECAR)
     return Checkpoint(
         *(folder, "meta", config, table, shards, tokenizer, kind, version, instruct),
         special_tokens=names,
@@ -206,6 +213,11 @@ def fold_repeated_heads(
     """
     names = [row.hf for row in table if "key_value" in row.shape]
     first_layer, stored = names[:2], config["num_key_value_heads"]
+    if true_count and (stored % true_count or (stored != true_count and stored != len(shards[names[0]]))):
+        raise UserError(
+            f"`num_key_value_heads` in {SIDECAR} must be the {stored} of {PARAMS_FILE}, or a count that they are "
+            f"copies of, got {true_count}; remove the file"
+        )
     if stored == 1 or stored != len(shards[names[0]]) or true_count == stored:
         return []
 

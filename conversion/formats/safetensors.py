@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 from hf_llama3.errors import UserError, quoted, shown
-from hf_llama3.files.json import refuse_constant, refuse_duplicates
+from hf_llama3.files.json import parse_json
 from hf_llama3.files.reading import require_file, what_became_of
 
 from .storage import BY_SAFETENSORS, Dtype, SourceFile, StoredTensor
@@ -33,10 +33,10 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
                 raise UserError(
                     f"{path} is not a whole safetensors file{what_became_of(path) or ': download it again'}"
                 )
-            header = json.loads(file.read(length), parse_constant=refuse_constant, object_pairs_hook=refuse_duplicates)
+            header = parse_json(file.read(length))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"the header of {path} is damaged ({error}); download it again") from error

@@ -9,13 +9,14 @@ import base64
 import binascii
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
-from hf_llama3.errors import UserError
-from hf_llama3.files.json import read_json
-from hf_llama3.files.reading import require_file, what_became_of
+from hf_llama3.errors import UserError, library_errors, quoted, shown
+from hf_llama3.files.reading import read_file, require_file, what_became_of
 from hf_llama3.presets import VOCAB_SIZE
 
+from .bounds import check_lengths, read_tokenizer_file
 from .templates import llama3_chat_template
 
 # llama-models 0.3.0, models/llama3/tokenizer.py, `pat_str`
@@ -59,6 +60,20 @@ def special_tokens(version: str) -> list[str]:
     return names
 
 
+def check_special_tokens(names: list[str], path: Path):
+    """Raise unless every special token has a name of its own, and those are there that begin and end a text.
+
+    Raises:
+        UserError: naming the token.
+    """
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise UserError(f"{path} must name each special token once, got {quoted(twice)} twice; write it again")
+    for name in (BEGIN_OF_TEXT, END_OF_TEXT):
+        if name not in names:
+            raise UserError(f"{path} must name the special token {name}, got {quoted(names)}; write it again")
+
+
 def token_ids(names: list[str], first: int, instruct: bool) -> dict:
     """Return the begin, end and padding ids that a configuration holds, given the special tokens and the first's id."""
     ids = {name: first + index for index, name in enumerate(names)}
@@ -86,7 +101,7 @@ def find_hf_tokenizer(folder: Path) -> tuple[Path | None, str | None, str | None
     if kind == "sentencepiece":
         return model, kind, "2"
     if fast.is_file():
-        content = fast.read_bytes()  # signs that need no parsing of 17 MB
+        content = read_file(fast)  # signs that need no parsing of 17 MB
         is_llama3 = any(json.dumps(sign)[1:-1].encode() in content for sign in (BEGIN_OF_TEXT, PATTERN))
         is_sentencepiece = re.search(rb'"byte_fallback":\s*true', content)
         return fast, "tokenizer.json", "2" if is_sentencepiece else "3" if is_llama3 else "other"
@@ -109,23 +124,24 @@ def read_ranks(path: Path) -> list[bytes]:
     """Read the tokens of a tiktoken file in the order of their ranks.
 
     Raises:
-        UserError: a line is damaged, or the ranks are not 0, 1, 2, ...
+        UserError: a line is damaged, the ranks are not 0, 1, 2, ..., or a token stands twice.
     """
     tokens = []
-    try:
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            encoded, rank = line.split()
-            if int(rank) != len(tokens):
-                raise UserError(
-                    f"line {number} of {path} must have rank {len(tokens)}, got {int(rank)}; download it again"
-                )
+    for number, line in enumerate(read_file(path).splitlines(), 1):
+        encoded, _, rank = line.strip().partition(b" ")
+        try:
             tokens.append(base64.b64decode(encoded, validate=True))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (binascii.Error, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"line {number} of {path} is damaged: {line[:80]!r}; download it again") from error
+        except (binascii.Error, ValueError) as error:
+            raise UserError(f"line {number} of {path} is damaged: {quoted(line)}; download it again") from error
+        if not tokens[-1] or not rank.isdigit():
+            raise UserError(f"line {number} of {path} is damaged: {quoted(line)}; download it again")
+        if rank != b"%d" % (number - 1):
+            got = shown(rank.decode())
+            raise UserError(f"line {number} of {path} must have rank {number - 1}, got {got}; download it again")
+    if len(set(tokens)) < len(tokens):
+        twice, count = Counter(tokens).most_common(1)[0]
+        raise UserError(f"{path} must hold each token once, got {quoted(twice)} {count} times; download it again")
+    check_lengths(tokens, path)
     return tokens
 
 
@@ -201,10 +217,8 @@ def read_tokenizer_json(content: bytes, path: Path):
     """
     from tokenizers import Tokenizer
 
-    try:
+    with library_errors(f"{path} is no readable tokenizer", "write it again"):
         tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path} is no readable tokenizer ({error}); write it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -216,8 +230,8 @@ def meta_tokenizer_file(tokenizer_json: Path) -> tuple[bytes, list[str]]:
     Raises:
         UserError: the tokenizer is of another kind, so that Meta's code would split texts differently.
     """
-    raw = read_json(tokenizer_json)
-    model, added = raw.get("model") or {}, raw.get("added_tokens") or []
+    raw = read_tokenizer_file(tokenizer_json)
+    model, added = raw["model"], raw.get("added_tokens") or []
     if model.get("type") != "BPE" or PATTERN not in json_strings(raw.get("pre_tokenizer")) or raw.get("normalizer"):
         raise UserError(f"{tokenizer_json} is not Llama 3's kind of tokenizer (byte-level BPE with Meta's pattern)")
     to_byte = {character: byte for byte, character in byte_characters().items()}
@@ -229,6 +243,7 @@ def meta_tokenizer_file(tokenizer_json: Path) -> tuple[bytes, list[str]]:
         merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{tokenizer_json} is damaged ({error!r}); download it again") from error
+    check_special_tokens(names, tokenizer_json)
     if ids != list(range(len(ids))):
         raise UserError(f"the ids in {tokenizer_json} must be 0 to {len(ids) - 1}, special tokens last; they have gaps")
     characters = byte_characters()

@@ -8,16 +8,16 @@ import hashlib
 from pathlib import Path
 
 from hf_llama3.errors import UserError
-from hf_llama3.files.json import read_json, to_json
-from hf_llama3.files.reading import refuse_links
+from hf_llama3.files.json import to_json
+from hf_llama3.files.reading import read_file, refuse_links
 
 from ..checkpoint import Checkpoint
+from ..config.schema import TOKENIZER_FILES, read_small
 from .bpe import NUM_SPECIAL_TOKENS, all_merges, hf_tokenizer_files, meta_tokenizer_file, read_ranks
 from .templates import TEMPLATE_FOLDER
 
 TOKENIZER_MODEL = "tokenizer.model"
 CARRIED = "huggingface"  # the folder in a directory of Meta's
-TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # the one name that versions 4 and 5 and all engines know
 # Names that stand for it in version 5 only.
 NEW_CLASSES = ("TokenizersBackend",)
@@ -52,12 +52,9 @@ def tokenizer_paths(folder: Path) -> dict[str, Path]:
 def copy_files(folder: Path, portable: bool = True) -> dict[str, bytes]:
     """Take the tokenizer files as they are; `portable` names a class that version 4 knows."""
     refuse_links(folder, tokenizer_paths(folder).values())
-    try:
-        files = {name: path.read_bytes() for name, path in tokenizer_paths(folder).items()}
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    files = {name: read_file(path) for name, path in tokenizer_paths(folder).items()}
     if portable and "tokenizer_config.json" in files:
-        config = read_json(folder / "tokenizer_config.json")
+        config = read_small(folder / "tokenizer_config.json")
         if config.get("tokenizer_class") in NEW_CLASSES:
             files["tokenizer_config.json"] = to_json(config | {"tokenizer_class": PORTABLE_CLASS})
     return files
@@ -81,7 +78,7 @@ def find_carried(folder: Path, made_with: str | None, inferred: list[str]) -> Pa
 
 def hash_of(model: Path | bytes) -> str:
     """Return the hash by which a tokenizer.model is known again."""
-    return hashlib.sha256(model.read_bytes() if isinstance(model, Path) else model).hexdigest()
+    return hashlib.sha256(read_file(model) if isinstance(model, Path) else model).hexdigest()
 
 
 def meta_tokenizer(source: Checkpoint, notes: list[str]) -> tuple[dict[str, bytes], list[str] | None]:
@@ -102,7 +99,7 @@ def meta_tokenizer(source: Checkpoint, notes: list[str]) -> tuple[dict[str, byte
 def meta_tokenizer_model(source: Checkpoint, notes: list[str]) -> tuple[dict[str, bytes], list[str] | None]:
     """Make tokenizer.model, where Meta's format can say the tokenizer, and list the special tokens."""
     if source.tokenizer.name == TOKENIZER_MODEL:
-        return {TOKENIZER_MODEL: source.tokenizer.read_bytes()}, source.special_tokens
+        return {TOKENIZER_MODEL: read_file(source.tokenizer)}, source.special_tokens
     try:
         content, names = meta_tokenizer_file(source.tokenizer)
     except UserError as error:
@@ -133,7 +130,7 @@ def sentencepiece_files(source: Checkpoint) -> dict[str, bytes]:
     return {
         "tokenizer.json": build_sentencepiece(model).to_str(pretty=True).encode(),
         "tokenizer_config.json": to_json(config),
-        TOKENIZER_MODEL: source.tokenizer.read_bytes(),
+        TOKENIZER_MODEL: read_file(source.tokenizer),
     }
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hf_llama3.errors import UserError
+from hf_llama3.files.reading import read_file
 
 from ..checkpoint import Checkpoint
 from .bpe import build_tokenizer, read_ranks, read_tokenizer_json, special_name
@@ -33,7 +34,7 @@ def same_files(source: Checkpoint, target: Checkpoint) -> bool:
 
 def describe(checkpoint: Checkpoint) -> tuple:
     """Return what cannot be the same for two tokenizers that split alike only by chance."""
-    return checkpoint.format, checkpoint.special_tokens, tokenizer_file(checkpoint).read_bytes()
+    return checkpoint.format, checkpoint.special_tokens, read_file(tokenizer_file(checkpoint))
 
 
 def tokenizer_file(checkpoint: Checkpoint) -> Path:
@@ -50,7 +51,7 @@ def load_tokenizer(checkpoint: Checkpoint):
     """
     path = tokenizer_file(checkpoint)
     if path.suffix == ".json":
-        return read_tokenizer_json(path.read_bytes(), path)
+        return read_tokenizer_json(read_file(path), path)
     if checkpoint.tokenizer_kind == "sentencepiece":
         return build_sentencepiece(read_sentencepiece(path))
     tokens, names = read_ranks(path), checkpoint.special_tokens

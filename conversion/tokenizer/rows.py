@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from hf_llama3.errors import UserError, quoted
-from hf_llama3.files.json import read_json
 
 from ..checkpoint import Checkpoint
+from ..config.schema import read_small
+from .bounds import read_tokenizer_file
 
 
 def require_rows(checkpoint: Checkpoint):
@@ -43,12 +44,10 @@ def read_tokens(folder: Path) -> dict[str, int]:
     """Return the ids of a folder's tokens by their names."""
     tokens = {}
     if (folder / "tokenizer.json").is_file():
-        raw = read_json(folder / "tokenizer.json")
-        model = raw.get("model") if isinstance(raw.get("model"), dict) else {}
-        vocabulary, added = model.get("vocab"), raw.get("added_tokens")
+        raw = read_tokenizer_file(folder / "tokenizer.json")
+        vocabulary = raw["model"]["vocab"]
         tokens |= vocabulary if isinstance(vocabulary, dict) else {}
-        entries = added if isinstance(added, list) else []
-        tokens |= {str(entry.get("content")): entry.get("id") for entry in entries if isinstance(entry, dict)}
+        tokens |= {entry["content"]: entry["id"] for entry in raw.get("added_tokens") or []}
     if (folder / "added_tokens.json").is_file():
-        tokens |= read_json(folder / "added_tokens.json")
-    return {name: index for name, index in tokens.items() if type(index) is int}
+        tokens |= read_small(folder / "added_tokens.json")
+    return tokens

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from hf_llama3.errors import UserError
 from hf_llama3.files.json import read_json
+from hf_llama3.files.reading import read_text
 
 DEFAULT = "default"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -20,20 +20,13 @@ def read_chat_templates(folder: Path) -> dict[str, str]:
     if (folder / TEMPLATE_FILE).is_file():
         files[DEFAULT] = folder / TEMPLATE_FILE
     if files:
-        return {name: read_text(path) for name, path in files.items()}
+        return {name: read_text(path, "write it again") for name, path in files.items()}
     config = folder / "tokenizer_config.json"
     found = read_json(config).get("chat_template") if config.is_file() else None
     if isinstance(found, list):  # of {"name": ..., "template": ...}
         found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
     found = found if isinstance(found, dict) else {DEFAULT: found}
     return {name: template for name, template in found.items() if isinstance(name, str) and isinstance(template, str)}
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text; write it again") from error
 
 
 def llama3_chat_template() -> str:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 
 from .progress import byte_bar
-from .reading import what_became_of
+from .reading import read_text, what_became_of
 
 CHECKLIST = "checklist.chk"  # Meta's: an MD5 for each file, as `md5sum` writes it
 CHECKSUMS = "SHA256SUMS"  # ours: as `sha256sum` writes it
@@ -23,18 +23,14 @@ def read_sums(path: Path) -> dict[str, str]:
         UserError: a line is none, or names a file elsewhere.
     """
     sums = {}
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read{what_became_of(path) or ''}") from error
-    for line in filter(str.strip, lines):
+    for line in filter(str.strip, read_text(path, "download it again, or remove it to go without").splitlines()):
         value, _, name = line.strip().partition(" ")
         name = name.strip().removeprefix("*")
         is_hash = len(value) in HEX_DIGITS and set(value.lower()) <= set("0123456789abcdef")
         place = PurePosixPath(name)
         if not is_hash or place.is_absolute() or ".." in place.parts or "\\" in name or not place.name:
             remedy = what_became_of(path) or "; download it again, or remove it to go without"
-            raise UserError(f"{path} must hold a hash and a file name on each line, got {line[:80]!r}{remedy}")
+            raise UserError(f"{path} must hold a hash and a file name on each line, got {quoted(line)}{remedy}")
         sums[name] = value.lower()
     return sums
 

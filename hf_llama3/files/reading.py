@@ -1,14 +1,93 @@
-"""What stands under a file's name, where it is not the file."""
+"""Small files, read whole: only what is a file, and no more of it than such a file can be."""
 
+import os
+import stat
+from fnmatch import fnmatch
 from pathlib import Path
 
 from hf_llama3.errors import UserError
+
+MIB = 2**20
+# Name, or pattern -> the most bytes of such a file; the first that fits counts. The largest published beside a Llama is
+# a tokenizer.json of 17 MB.
+MAX_BYTES = {
+    "params.json": MIB,
+    "config.json": 4 * MIB,
+    "generation_config.json": 4 * MIB,
+    "special_tokens_map.json": 4 * MIB,
+    "adapter_config.json": 4 * MIB,
+    "added_tokens.json": 16 * MIB,
+    "tokenizer_config.json": 32 * MIB,  # names added tokens one by one
+    "tokenizer.json": 64 * MIB,
+    "tokenizer.model*": 32 * MIB,
+    "vocab.*": 32 * MIB,
+    "merges.txt*": 32 * MIB,
+    "*.json": 64 * MIB,
+    "*.jinja": 2 * MIB,
+    "*.md": 4 * MIB,
+    "*.chk": 4 * MIB,
+    "*SUMS": 4 * MIB,
+    "*.py": 4 * MIB,
+    "*": 4 * MIB,
+}
+
+
+def max_bytes(path: Path) -> int:
+    return next(size for pattern, size in MAX_BYTES.items() if fnmatch(path.name, pattern))
+
+
+def read_file(path: Path) -> bytes:
+    """Read a small file whole.
+
+    Raises:
+        UserError: it cannot be read, is something else, or is larger than `MAX_BYTES` says.
+    """
+    limit = max_bytes(path)
+    try:
+        # Without blocking, or a pipe would be waited for.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(handle, "rb") as file:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(not_a_file(path))
+            content = file.read(limit + 1) if status.st_size <= limit else b""
+            size = max(status.st_size, len(content))
+    except IsADirectoryError as error:
+        raise UserError(not_a_file(path)) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if size > limit:
+        raise UserError(f"{path} must be at most {limit} bytes, got {size}{what_became_of(path) or ''}")
+    return content
+
+
+def read_text(path: Path, remedy: str) -> str:
+    """Read a small file of text in UTF-8, as `read_file` does; `remedy` says what to do where it is none."""
+    try:
+        return read_file(path).decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text; {remedy}") from error
+
+
+def check_file(path: Path):
+    """Raise where another program that is to read a small file would wait for ever, or fill the memory.
+
+    Raises:
+        UserError: it is no file, or larger than `MAX_BYTES` says.
+    """
+    require_file(path)
+    if path.exists() and (size := path.stat().st_size) > (limit := max_bytes(path)):
+        raise UserError(f"{path} must be at most {limit} bytes, got {size}{what_became_of(path) or ''}")
 
 
 def require_file(path: Path):
     """Raise if something else stands under the name: a pipe would be read for ever."""
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} must be a file; it is a folder or a device")
+        raise UserError(not_a_file(path))
+
+
+def not_a_file(path: Path) -> str:
+    return f"{path} must be a file; it is a folder or a device"
 
 
 def leads_outside(folder: Path, path: Path) -> Path | None:

@@ -8,15 +8,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
 from hf_llama3.conversion.config.hf import is_packed
+from hf_llama3.conversion.config.schema import CONFIG, CONFIG_REQUIRED, read_small_files
 from hf_llama3.conversion.load import load_checkpoint, load_meta_tokenizer
 from hf_llama3.conversion.opening import open_checkpoint, refuse_rope_factor
+from hf_llama3.conversion.tokenizer.bounds import read_tokenizer_file
 from hf_llama3.cpu import QUANTIZATIONS
 from hf_llama3.cpu.optimization import optimize
 from hf_llama3.distributed.parallel import Group, number_own_layers
 from hf_llama3.distributed.placement import check_here, config_and_dtype, place
-from hf_llama3.errors import UserError, words_of
+from hf_llama3.errors import UserError, library_errors, words_of
 from hf_llama3.files.atomic import is_unfinished
 from hf_llama3.files.json import read_json
+from hf_llama3.files.schema import check
 
 from . import DTYPES
 
@@ -104,6 +107,9 @@ def is_packed_folder(name: str) -> bool:
 
 def read_folder(name: str, dtype: str, where: dict):
     """Load a Hugging Face folder."""
+    folder = Path(name)
+    config = check(read_json(folder / "config.json"), CONFIG, folder / "config.json", CONFIG_REQUIRED)
+    read_small_files(folder, config["vocab_size"])
     tokenizer = read_tokenizer(name)
     with loading(name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **where)
@@ -112,10 +118,10 @@ def read_folder(name: str, dtype: str, where: dict):
 
 def read_tokenizer(name: str, config: PretrainedConfig | None = None):
     """Load a folder's tokenizer; `config` where the library does not take the folder's."""
-    try:
+    if (path := Path(name) / "tokenizer.json").is_file():
+        read_tokenizer_file(path)
+    with library_errors(f"the tokenizer of {name} cannot be loaded", "write it again"):
         return AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise UserError(f"the tokenizer of {name} cannot be loaded: {words_of(error)}") from error
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_llama3.conversion.config.schema import read_small
 from hf_llama3.conversion.tokenizer.bpe import (
     NUM_SPECIAL_TOKENS,
     PATTERN,
@@ -18,7 +19,7 @@ from hf_llama3.conversion.tokenizer.bpe import (
 )
 from hf_llama3.conversion.tokenizer.files import PORTABLE_CLASS, TOKENIZER_MODEL, copy_files
 from hf_llama3.errors import UserError
-from hf_llama3.files.json import read_json, to_json
+from hf_llama3.files.json import to_json
 
 VERSION = "3.1"  # whose special tokens a new tokenizer gets: the first with one for padding
 NUM_BYTES = 256  # every byte is a token, so that any text can be encoded
@@ -159,7 +160,7 @@ def read_tokenizer(folder: Path, context: int) -> TextTokenizer:
 def read_token_ids(folder: Path, fast) -> dict:
     """Return the ids of the special tokens that tokenizer_config.json names."""
     path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_small(path) if path.is_file() else {}
     ids = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         token = config.get(name)

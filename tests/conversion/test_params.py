@@ -122,7 +122,7 @@ BAD_PARAMS = [
     ({"n_layers": 2.5}, "`n_layers` .* must be a positive int, got 2.5"),
     ({"n_layers": True}, "`n_layers` .* must be a positive int, got True"),
     ({"norm_eps": "1e-5"}, "`norm_eps` .* must be a positive float, got '1e-5'"),
-    ({"use_scaled_rope": 1}, "`use_scaled_rope` .* must be a positive bool, got 1"),
+    ({"use_scaled_rope": 1}, "`use_scaled_rope` .* must be true or false, got 1"),
     ({"dim": None}, "lacks `dim`; it is not the params.json of a Llama"),
     ({"rope_mystery": 3}, r"holds \['rope_mystery'\], which no Llama of Meta's has"),
 ]
@@ -244,8 +244,11 @@ def test_sparse_llama_config_means_upstreams_defaults(tmp_path):
         ({"model_type": []}, r"must be one of .*, got \[\]"),
         ({"rope_scaling": [1]}, r"must be a JSON object, got \[1\]"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "`low_freq_factor` of the RoPE .* got None"),
-        ({"rope_scaling": llama3_scaling("8")}, "`factor` of the RoPE .* must be a positive number, got '8'"),
-        ({"rope_scaling": None, "rope_parameters": None, "rope_theta": -1}, "`rope_theta` of the RoPE .* got -1"),
+        ({"rope_scaling": llama3_scaling("8")}, "`factor` of the RoPE .* must be a number from 1 to .*, got '8'"),
+        (
+            {"rope_scaling": None, "rope_parameters": None, "rope_theta": -1},
+            "`rope_theta` in .* must be a number from 1 to .*, got -1",
+        ),
     ],
 )
 def test_bad_config(changes, message, tmp_path):
@@ -271,9 +274,9 @@ def test_sidecar_keeps_what_params_cannot_say(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"instruct": "yes"}, "`instruct` .* must be bool, got 'yes'"),
+        ({"instruct": "yes"}, "`instruct` .* must be true or false, got 'yes'"),
         ({"config": {"hidden_size": 1}}, r"holds \['hidden_size'\], which params.json decides"),
-        ({"special_tokens": [1]}, "`special_tokens` .* must be names"),
+        ({"special_tokens": [1]}, "`special_tokens` .* must be a list of at most"),
         ({"more_config": {"rope_theta": 1.0}}, r"`more_config` .* holds \['rope_theta'\], which stand elsewhere"),
     ],
 )

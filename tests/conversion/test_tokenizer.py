@@ -199,7 +199,7 @@ def change(path, edit):
         (lambda raw: raw["model"]["merges"].pop(), "merges .* do not follow from its ids"),
         (lambda raw: raw["model"]["vocab"].update(ab=999), "must be 0 to 515, special tokens last; they have gaps"),
         (lambda raw: raw["model"].pop("merges"), "is damaged"),
-        (lambda raw: raw["model"]["vocab"].update({"\u4e2d": 3}), "is damaged"),
+        (lambda raw: raw["model"]["vocab"].update({"\u4e2d": 3}), "each id to one token, got 3 twice"),
     ],
 )
 def test_other_tokenizers_are_refused(small_json, edit, message):

@@ -234,7 +234,8 @@ TRAINING |= dict.fromkeys(("steps", "batch_size", "context", "vocab_size", "seed
         ("training.json", {"first_loss": "low"}, "`first_loss` in"),
         ("training.json", {"source": ["a"]}, "`source` in"),
         ("evaluations.json", {"evaluations": "good"}, "`evaluations` in"),
-        ("evaluations.json", {"evaluations": [1]}, "`text` in"),
+        ("evaluations.json", {"evaluations": [1]}, "`evaluations` in"),
+        ("evaluations.json", {"evaluations": [{}]}, "`text` in"),
     ],
 )
 def test_facts_of_other_types(name, content, message, folders, tmp_path):
@@ -251,9 +252,13 @@ def test_odd_files_are_no_facts(folders, tmp_path):
     (model / "norm.py").mkdir()
     (model / "x.safetensors").symlink_to("nowhere")
     tokenizer = json.loads((model / "tokenizer.json").read_text())
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": None, "model": []}))
+    tokenizer["model"].pop("type")
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": None}))
     card = build_card(model, "mit")
     assert "## Training" not in card and "norm.py" not in card and "| Tokenizer" not in card
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": []}))
+    assert "`model` in" in refuse("card", model, "--license", "mit")
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": None}))
     changed = (model / "tokenizer.json").read_bytes()  # after the list of hashes was made
     assert hashlib.sha256(changed).hexdigest() in card
 

@@ -1,0 +1,141 @@
+"""What a tokenizer.json may hold: the types of all of it, and bounds on what it can make of a text.
+
+A file names the steps that a text goes through. A step that writes a text twice, in a sequence of forty steps, would
+fill any memory; so would a token of megabytes, whose every division is looked for.
+"""
+
+import json
+from itertools import chain
+from pathlib import Path
+
+from hf_llama3.errors import UserError, quoted
+from hf_llama3.files.json import read_json
+from hf_llama3.files.schema import (
+    FLAG,
+    LARGEST,
+    OBJECT,
+    Rule,
+    check,
+    either,
+    fields,
+    listed,
+    mapped,
+    number,
+    optional,
+    text,
+    whole,
+)
+
+from ..config.schema import ID, TOKEN
+
+# Bytes that are looked at to find every way in which a token is made of two; 7.4 million in Llama 3's.
+MOST_MERGING = 2**26
+MOST_GROWTH = 1024  # characters that all steps together may make of one
+STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+MOST_OF_STEPS = 2**20  # characters of JSON; a normaliser's compiled table has 0.3 million
+
+
+def are_ids(value) -> bool:
+    """Tell whether a vocabulary has an id for each token; of hundreds of thousands, so all at once."""
+    numbers = value.values() if isinstance(value, dict) and value else [None]
+    return set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < LARGEST
+
+
+def are_pairs(value) -> bool:
+    """Tell whether merges are texts, or lists of two."""
+    if not isinstance(value, list) or not set(map(type, value)) <= {str, list}:
+        return False
+    pairs = [merge for merge in value if type(merge) is list]
+    return set(map(len, pairs)) <= {2} and set(map(type, chain.from_iterable(pairs))) <= {str}
+
+
+SCORED = listed(listed(either(text(2**16), number(-1e9, 1e9)), 2))  # [piece, score]
+MODEL = {
+    "type": text(32),
+    "vocab": either(Rule("ids by token", are_ids), SCORED),
+    "merges": Rule("a list of pairs of tokens", are_pairs),
+    "unk_token": optional(text()),
+    "byte_fallback": optional(FLAG),
+    "ignore_merges": optional(FLAG),
+}
+TOKENIZER = {
+    "model": fields(MODEL, required=("vocab",)),
+    "added_tokens": optional(listed(fields(TOKEN | {"id": ID}, required=("id", "content")))),
+    **dict.fromkeys((*STEPS, "truncation", "padding"), optional(OBJECT)),
+}
+PIECE = mapped(fields({"id": text(), "type_id": optional(whole(0))}))  # {"SpecialToken": {...}} or {"Sequence": {...}}
+SPECIALS = mapped(fields({"id": text(), "ids": listed(ID, 64), "tokens": listed(text(), 64)}, required=("ids",)))
+
+
+def read_tokenizer_file(path: Path) -> dict:
+    """Read a tokenizer.json.
+
+    Raises:
+        UserError: a part has another type, a token stands twice, or what it makes of a text has no bound.
+    """
+    raw = check(read_json(path), TOKENIZER, path, ("model",))
+    check(raw["model"], MODEL, path, ("vocab",))
+    vocabulary = raw["model"]["vocab"]
+    tokens = vocabulary if isinstance(vocabulary, dict) else [str(entry[0]) for entry in vocabulary if entry]
+    check_lengths(tokens, path)
+    if isinstance(vocabulary, dict):
+        check_once(list(vocabulary.values()), "id", path)
+    for key in ("content", "id"):
+        check_once([token[key] for token in raw.get("added_tokens") or []], key, path)
+    if (size := len(json.dumps([raw.get(step) for step in STEPS]))) > MOST_OF_STEPS:
+        raise UserError(f"the steps in {path} must be at most {MOST_OF_STEPS} characters, got {size}; write it again")
+    for step in STEPS:
+        if (growth := growth_of(raw.get(step), path)) > MOST_GROWTH:
+            made = f"make at most {MOST_GROWTH} characters of one, got {growth}"
+            raise UserError(f"the {step} in {path} must {made}; do not trust this folder")
+    return raw
+
+
+def check_once(values: list, what: str, path: Path):
+    if len(set(values)) < len(values):
+        seen = set()
+        twice = next(value for value in values if value in seen or seen.add(value))
+        raise UserError(f"{path} must give each {what} to one token, got {quoted(twice)} twice; download it again")
+
+
+def check_lengths(tokens, path: Path):
+    """Raise where tokens are so long that to list what they are merged from would take for ever."""
+    if (work := sum(len(token) ** 2 for token in tokens)) > MOST_MERGING:
+        longest = max(map(len, tokens))
+        rule = f"the squares of their lengths must sum to at most {MOST_MERGING}"
+        raise UserError(f"{path} holds tokens that are too long: {rule}, got {work}, the longest of {longest}")
+
+
+def growth_of(step, path: Path) -> int:
+    """Return how many characters a step, with all that are in it, may make of one; bounded by `MOST_GROWTH` + 1."""
+    growth, waiting = 1, [step]
+    while waiting and growth <= MOST_GROWTH:
+        item = waiting.pop()
+        if isinstance(item, list):
+            waiting += item
+        elif isinstance(item, dict):
+            if item.get("type") == "TemplateProcessing":
+                growth *= growth_of_template(item, path)
+            elif item.get("type") in ("Replace", "Prepend"):
+                content = item.get("content", item.get("prepend"))
+                growth *= max(len(content), 1) if isinstance(content, str) else MOST_GROWTH + 1
+            else:
+                waiting += item.values()
+    return min(growth, MOST_GROWTH + 1)
+
+
+def growth_of_template(template: dict, path: Path) -> int:
+    """Return how often a text stands in what a template makes of it."""
+    if not SPECIALS.takes(template.get("special_tokens", {})):
+        raise UserError(f"the special tokens of the post_processor in {path} must be ids; download it again")
+    often = 1
+    for key in ("single", "pair"):
+        pieces = template.get(key, [])
+        if isinstance(pieces, str):  # "<s> $A $B:1", which the library reads as well
+            kinds = [("Sequence" if piece.startswith("$") else "Special", piece[:2]) for piece in pieces.split()]
+            pieces = [{kind: {"id": name}} for kind, name in kinds]
+        if not isinstance(pieces, list) or len(pieces) > 64 or not all(map(PIECE.takes, pieces)):
+            raise UserError(f"`{key}` of the post_processor in {path} must be at most 64 pieces; download it again")
+        texts = [piece["Sequence"].get("id") for piece in pieces if "Sequence" in piece]
+        often = max([often, *(texts.count(one) for one in texts)])
+    return often
