@@ -239,7 +239,6 @@ def test_configuration_without_weights(hf, tmp_path):
             "config.json makes model.layers.0.self_attn.k_proj.weight [64, 64], but it is [32, 64]",
         ),
         ("intermediate_size", 100, "config.json makes model.layers.0.mlp.gate_proj.weight [100, 64]"),
-        ("tie_word_embeddings", True, "config.json ties lm_head.weight to model.embed_tokens.weight"),
     ],
 )
 def test_configuration_against_tensors(key, value, message, hf, tmp_path):
@@ -300,8 +299,8 @@ def test_target_within_source(target, meta, tmp_path):
     [
         (["--mp", 3], "--mp must divide `num_attention_heads` 8"),
         (["--mp", 0], "--mp must divide `num_attention_heads` 8"),
-        (["--to", "gguf"], "--to must be 'hf' or 'meta', got 'gguf'"),
-        (["--as", "mistral"], "--as must be 'llama' or 'llama3', got 'mistral'"),
+        (["--to", "onnx"], "--to must be one of ('hf', 'meta', 'dcp'), got 'onnx'"),
+        (["--as", "mistral"], "--as must be 'llama' or 'llama3', or 'torchtitan' with --to dcp, got 'mistral'"),
         (["--to", "hf", "--mp", 2], "--mp divides a checkpoint of Meta's format, got 2 with --to hf"),
         (["--llama-version", "5"], "--llama-version must be one of"),
         (["--rope-factor", "0.5"], "--rope-factor must be a number of at least 1, got 0.5"),

@@ -170,6 +170,6 @@ def test_a_configuration_that_cannot_be_loaded_is_told_whole(tmp_path):
     hf_model().save_pretrained(tmp_path / "hf")
     shutil.copy(small_tokenizer(tmp_path), tmp_path / "hf" / "tokenizer.model")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"attention_dropout": "much"}))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"pretraining_tp": "much"}))
     code, _, said = call("generate", tmp_path / "hf", "hi")
-    assert code == 2 and "Validation error for field 'attention_dropout': TypeError: " in said and "'much'" in said
+    assert code == 2 and "Validation error for field 'pretraining_tp': TypeError: " in said and "'much'" in said
