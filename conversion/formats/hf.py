@@ -123,7 +123,7 @@ def merge(folder: Path) -> str:
     """Return the command that makes a model of an adapter."""
     return (
         'python -c "from peft import AutoPeftModelForCausalLM as M; '
-        f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{folder}-merged')\""
+        f"model = M.from_pretrained('{folder}').merge_and_unload(); model.save_pretrained('{folder}-merged')\""
     )
 
 

@@ -140,7 +140,7 @@ def test_an_adapter_instead_of_a_model(with_config, folder):
     adapter(folder)
     if not with_config:
         (folder / "config.json").unlink()
-    merge = f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{folder}-merged')"
+    merge = f"model = M.from_pretrained('{folder}').merge_and_unload(); model.save_pretrained('{folder}-merged')"
     for command in (("convert", folder, f"{folder}-out"), ("generate", folder, "abc"), push(folder)):
         sentence = refuse(*command)
         assert "is an adapter, not a model; merge it into its model: python -c" in sentence and merge in sentence
