@@ -95,7 +95,8 @@ def test_inspect(meta):
     assert info["config"]["num_key_value_heads"] == 4
     assert any("no tokenizer" in sentence for sentence in info["inferred"])
     table = run("inspect", meta).stdout
-    assert "parameters" in table and not any(word in table for word in ("num_", "None", "[]", "{"))
+    assert "parameters" in table and not any(word in table for word in ("None", "[]", "{"))
+    assert "\n  num_key_value_heads: 4\n" in table and "Next: hf-llama3 convert" in table
 
 
 def test_convert_both_ways_and_verify(meta, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_llama3.cli.printing import duration, print_list, print_next, print_table, size
+from hf_llama3.cli.printing import duration, print_files, print_list, print_next, print_table, size
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,13 @@ def test_a_table_shows_values_with_units_and_leaves_out_what_is_empty(capsys):
         "loss": "1.235",
         "tokens per second": "7,032",
     }
+
+
+def test_files_keep_their_names(capsys):
+    print_files("Wrote", {"tokenizer_config.json": 1234, "num_bytes": 5, "a\x1b[2J": 1})
+    print_files("Reads", {})
+    wrote, reads = "  tokenizer_config.json  1.23 kB\n  num_bytes              5 bytes\n", "Reads: nothing\n"
+    assert capsys.readouterr().out == f"Wrote:\n{wrote}  a\\x1b[2J               1 bytes\n{reads}"
 
 
 def test_a_long_list_is_cut_and_says_so(capsys):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hf_llama3.errors import UserError, one_line
+from hf_llama3.errors import MOST_OF_A_SENTENCE, UserError, one_line, shown
 
 from .app import command
 from .options import (
@@ -20,9 +20,10 @@ from .options import (
     group,
     one_of,
 )
-from .printing import print_json, print_list, print_next, print_table, size
+from .printing import duration, present, print_files, print_json, print_list, print_next, print_table, size
 
 GROUP = "Checkpoints"
+FORMATS = {"hf": "Hugging Face's format", "meta": "Meta's format"}
 SOURCE_OPTION, TARGET_OPTION, RUN_OPTION = group("What SOURCE is"), group("What TARGET is"), group("Run")
 
 
@@ -60,10 +61,23 @@ def inspect(
         print_json(info | ({"placement": placement.to_dict()} if placement else {}))
         return
     config, inferred = info.pop("config"), info.pop("inferred")
-    print_table(info | {f"config.{key}": value for key, value in config.items()})
+    info["format"] = FORMATS.get(info["format"], info["format"])
+    loads_as_is = info.pop("loads_as_is")
+    info["transformers"] = "loads it as it is" if loads_as_is else "loads it when it is converted"
+    if info["dtypes"] == [info["dtype"]]:
+        info.pop("dtypes")
+    print_table(info)
+    print("\nConfiguration, in the names of config.json:")
+    for key, value in ((key, value) for key, value in config.items() if value is not None):
+        print(f"  {shown(key)}: {shown(present(key, value), MOST_OF_A_SENTENCE)}")
+    print()
     print_list("Inferred", inferred)
     if placement:
         print_table(placement.table())
+    if not loads_as_is:
+        print_next("convert", path, "converted", "--to", "hf")
+    elif info["head"] == "ForCausalLM":
+        print_next("generate", path, "The capital of France is")
 
 
 @command("hf-llama3 convert Meta-Llama-3-8B/original llama-3-8b", GROUP)
@@ -133,15 +147,27 @@ def convert(
         return
     files, inferred, notes = report.pop("files"), report.pop("inferred"), report.pop("notes")
     verification, source_files = report.pop("verification"), report.pop("source_files")
-    report["largest_rounding_error"] = report.pop("largest_error")
-    report["memory_bytes_at_most"] = size(report.pop("memory_bytes"))
-    report["verified"] = f"{verification['tensors']} tensors equal to the bit" if verification else "no"
-    listed = {f"reads {name}": size(count) for name, count in source_files.items()}
-    listed |= {f"writes {name}": size(count) for name, count in files.items()}
-    print_table(report | listed)
+    verified = f"{verification['tensors']} tensors equal to the bit" if verification else "no (--no-verify)"
+    print_table(
+        {
+            "source": f"{source}, {FORMATS.get(report['source_format'], report['source_format'])}",
+            "target": f"{target}, {FORMATS.get(report['target_format'], report['target_format'])}",
+            "size": f"{size(report['bytes'])} of tensors; {size(report['free_bytes'])} free on the disk",
+            "memory": f"{size(report['memory_bytes'])} at most",
+            "time": None if dry_run else duration(report["seconds"]),
+            "resumed": report["resumed"],
+            "largest_rounding_error": report["largest_error"],
+            "verified": None if dry_run else verified,
+        }
+    )
+    print_files("\nReads", source_files)
+    print_files("\nWould write, and small files beside" if dry_run else "\nWrote", files)
+    print()
     print_list("Inferred", inferred)
     print_list("Note", notes)
-    if not dry_run:
+    if dry_run:
+        print("\nNothing was written: a dry run. Without --dry-run the same command converts.")
+    else:
         print_next("generate", target, "The capital of France is")
 
 
@@ -161,7 +187,10 @@ def verify(
     if as_json:
         print_json(report)
     else:
-        differences = report.pop("differences")
+        differences, found = report.pop("differences"), report["logits"]
+        if found:
+            tokens, difference, largest = found["tokens"], found["largest_difference"], found["largest_logit"]
+            report["logits"] = f"of {tokens} tokens differ by {difference:.2g} at most, the largest is {largest:.2g}"
         print_table(report)
         print_list("Different", differences)
     if not report["ok"]:

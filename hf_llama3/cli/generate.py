@@ -29,7 +29,7 @@ from .options import (
     TopPOption,
     one_of,
 )
-from .printing import print_json, print_list, print_next, print_table, size
+from .printing import print_files, print_json, print_list, print_next, print_table
 
 GROUP = "Text"
 
@@ -112,7 +112,8 @@ def pack(
         print_json(report)
         return
     files, notes = report.pop("files"), report.pop("notes")
-    print_table(report | {f"writes {name}": size(count) for name, count in files.items()})
+    print_table(report)
+    print_files("\nWrote", files)
     print_list("Note", notes)
     print_next("generate", target, "The capital of France is")
 

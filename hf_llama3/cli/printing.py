@@ -61,6 +61,15 @@ def print_table(rows: dict):
         print(f"{name:<{width}}  {value}")
 
 
+def print_files(title: str, files: dict[str, int]):
+    """Print a title and, below it, files under their own names with their sizes in bytes."""
+    names = {shown(name): size(count) for name, count in files.items()}
+    width = max(map(len, names), default=0)
+    print(f"{title}:" if files else f"{title}: nothing")
+    for name, amount in names.items():
+        print(f"  {name:<{width}}  {amount}")
+
+
 def label(name: str) -> str:
     """Return the name of a row: a field's name without what its value says, a unit or that it is a number."""
     name = name.removeprefix("num_")

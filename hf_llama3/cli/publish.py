@@ -9,7 +9,7 @@ from hf_llama3.errors import for_terminal, shown
 
 from .app import command
 from .options import JsonFlag, LicenseOption
-from .printing import print_json, print_list, print_table, size
+from .printing import print_files, print_json, print_list, print_next, print_table
 
 GROUP = "Publish"
 
@@ -31,6 +31,7 @@ def card(
     output = output or folder / "README.md"
     write_card(output, content)
     print(f"Wrote {shown(output)}")
+    print_next("push", folder, f"YOUR-NAME/{folder.resolve().name}", "--dry-run")
 
 
 @command("hf-llama3 push runs/shakespeare my-name/tiny-shakespeare --license apache-2.0 --dry-run", GROUP)
@@ -61,11 +62,15 @@ def push(
         print_json(report)
         return
     files, left_out, notes = report.pop("files"), report.pop("left_out"), report.pop("notes")
+    report.pop("dry_run")
     print_table(report)
-    print_table({f"file {name}": size(count) for name, count in files.items()})
+    print_files("\nWould upload" if dry_run else "\nUploaded", files)
+    print()
     print_list("Left out", left_out)
     print_list("Note", notes)
-    if not dry_run:
+    if dry_run:
+        print("Nothing was uploaded: a dry run. Log in (hf auth login), then leave out --dry-run.")
+    else:
         at = f", revision={report['revision']!r}" if report["revision"] else ""
         trust = ", trust_remote_code=True" if "modeling_llama3.py" in files else ""
         print(f'\nNext: AutoModelForCausalLM.from_pretrained("{repo_id}"{at}{trust})')

@@ -177,7 +177,7 @@ def test_report(source, tmp_path):
     assert report["weights"] == "int4" and report["target"] == str(tmp_path / "packed")
     assert report["files"].keys() == {path.name for path in (tmp_path / "packed").iterdir()}
     table = run("pack", source, tmp_path / "packed", "--overwrite").stdout
-    assert "weights" in table and "writes model.safetensors" in table
+    assert "weights" in table and "Wrote:\n" in table and "  tokenizer_config.json " in table
     assert json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["weights"] == "bfloat16"
 
 
