@@ -16,6 +16,7 @@ machine reads memory (a GPU: copies it). Medians; ratios come last. `starts` tim
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import statistics
@@ -510,11 +511,9 @@ def numba_loop():
     return loop
 
 
-def of_ours(name: str):
+def of_ours(module: str, name: str):
     def make(weight):
-        from hf_llama3.cpu.kernels import linear as kernels
-
-        return getattr(kernels, name)(weight)
+        return getattr(importlib.import_module(f"hf_llama3.cpu.kernels.{module}"), name)(weight)
 
     return make
 
@@ -525,12 +524,12 @@ CANDIDATES = {
     "F.linear, float32": lambda weight: functools.partial(linear_as, weight.float()),
     "oneDNN's packed bfloat16": onednn_bfloat16,
     "numba's loop, bfloat16": numba_bfloat16,
-    "ours, bfloat16": of_ours("PlainKernel"),
+    "ours, bfloat16": of_ours("exact", "ExactKernel"),
     "oneDNN's packed int8, inputs rounded": onednn_int8,
     "torch._weight_int8pack_mm": torch_int8,
-    "ours, int8": of_ours("Int8Kernel"),
+    "ours, int8": of_ours("int8_int4", "Int8Kernel"),
     "torch._weight_int4pack_mm_for_cpu": torch_int4,
-    "ours, int4": of_ours("Int4Kernel"),
+    "ours, int4": of_ours("int8_int4", "Int4Kernel"),
 }
 MANY = 4  # rows above which some take too long to be worth a measurement
 ONLY_FOR_FEW = ("F.linear, float16", "numba's loop, bfloat16", "oneDNN's packed int8, inputs rounded")

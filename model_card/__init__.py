@@ -1,4 +1,4 @@
-"""A model card from facts, and a folder with its card onto the Hub."""
+"""Write a model card from facts, and upload a folder with its card to the Hub."""
 
 from .card import build_card, write_card
 from .licenses import check_license

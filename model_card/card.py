@@ -1,4 +1,4 @@
-"""Facts from a model folder, put into the template; a fact that no file tells is left out."""
+"""Fill the template of a model card with facts from a folder; a fact that no file states is left out."""
 
 import math
 import re
@@ -24,30 +24,30 @@ from .licenses import META, check_license, license_of_meta
 
 CARD = "README.md"
 MARKS = ("<!-- Yours: what stands from here -->", "<!-- to here is kept when the card is made again. -->")
-TASKS = {  # the Hub's, by what the class's name ends with
+TASKS = {  # the Hub's task, by the end of the class's name
     "ForCausalLM": "text-generation",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "Model": "feature-extraction",
 }
-HASHED = ("config.json", "tokenizer.json", *CODE_FILES)  # what the card tells the hash of, beside the weights
+HASHED = ("config.json", "tokenizer.json", *CODE_FILES)  # files whose hashes the card lists, besides the weights
 
 
 def build_card(
     folder, license: str | None = None, repo_id: str | None = None, *, card: Path | None = None, progress: bool = False
 ) -> str:
-    """Make the model card of a Hugging Face folder; what a person wrote in the one that is there is kept.
+    """Make the model card of a Hugging Face folder; text that a person wrote in an existing card is kept.
 
     Args:
-        license: identifier as the Hub knows it; omitted, the one that the folder's README.md has, or that of Meta's
-            weights where the model has their shape.
-        repo_id: name that the card's commands load; the folder's if omitted.
-        card: file in which a person may have written, where it is not the folder's README.md.
+        license: identifier of the Hub; if omitted, that of the folder's README.md, or that of Meta's weights if the
+            model has their shape.
+        repo_id: repository that the card's commands name; the folder's name if omitted.
+        card: existing card whose text is kept; the folder's README.md if omitted.
         progress: show a bar while files are hashed.
 
     Raises:
-        UserError: the folder holds no model, its card is damaged, or no licence was ever given.
+        UserError: the folder holds no model, its card is damaged, or no licence is known.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -95,7 +95,7 @@ def build_card(
 
 
 def read_card(path: Path) -> str:
-    """Return the card that is there, or an empty text."""
+    """Return the existing card, or an empty text."""
     if not path.exists():
         return ""
     if not path.is_file():
@@ -104,10 +104,10 @@ def read_card(path: Path) -> str:
 
 
 def written_by_user(content: str, path: Path) -> str | None:
-    """Return what a person wrote between the marks of a card; None where it has none.
+    """Return the text that a person wrote between the marks of a card; None if it has no marks.
 
     Raises:
-        UserError: only one of the marks is there, or one stands twice.
+        UserError: a mark is missing or appears twice.
     """
     counts = [content.count(mark) for mark in MARKS]
     if counts == [0, 0]:
@@ -118,7 +118,7 @@ def written_by_user(content: str, path: Path) -> str | None:
 
 
 def is_made_here(content: str) -> bool:
-    """Tell whether a card can be made again without losing what a person wrote: it has the marks, or no text."""
+    """Tell whether a card can be made again without losing a person's text: it has marks, or no text at all."""
     return MARKS[0] in content or not split_card(content)[1].strip()
 
 
@@ -127,12 +127,12 @@ def as_list(value) -> list:
 
 
 def version_of(info: CheckpointInfo, provenance: dict | None) -> str:
-    """Return the version of Llama: a conversion may have been told what no file tells."""
+    """Return the version of Llama, as a conversion recorded it or as the files show it."""
     return provenance["llama_version"] if provenance else info.llama_version
 
 
 def base_model_of(provenance: dict | None, training: dict | None) -> dict:
-    """Return the keys that name what the model was made from, where that has a name on the Hub."""
+    """Return the front matter's keys for the base model, if it has a name on the Hub."""
     if training and training["source"]:
         source, relation = training["source"], {"base_model_relation": "finetune"}
     else:
@@ -141,19 +141,19 @@ def base_model_of(provenance: dict | None, training: dict | None) -> dict:
 
 
 def embeddings_of(info: CheckpointInfo) -> int:
-    """Count the parameters of the embedding, and of the head where it is one of its own."""
+    """Count the parameters of the embedding, and of the head if it is untied."""
     return info.config["vocab_size"] * info.config["hidden_size"] * (2 if has_own_head(info) else 1)
 
 
 def has_own_head(info: CheckpointInfo) -> bool:
-    """Tell whether a matrix as large as the embedding ends the model."""
+    """Tell whether the model has an output head of its own."""
     return info.head == "ForCausalLM" and not info.tied
 
 
 def memory_of(info: CheckpointInfo) -> dict[str, float]:
-    """Return bytes: of the weights in bf16, int8 and int4 (embedding in bf16), and of the bf16 cache for a token."""
+    """Return the bytes of the weights in bf16, int8 and int4 (embedding in bf16), and of a token's cache in bf16."""
     embedding = info.config["vocab_size"] * info.config["hidden_size"]
-    others = info.num_parameters - (embedding if has_own_head(info) else 0)  # of a tied embedding, the head is a copy
+    others = info.num_parameters - (embedding if has_own_head(info) else 0)  # a tied head becomes a copy
     head_dim = info.config.get("head_dim") or info.config["hidden_size"] // info.config["num_attention_heads"]
     return {
         "bf16": 2 * info.num_parameters,
@@ -164,12 +164,12 @@ def memory_of(info: CheckpointInfo) -> dict[str, float]:
 
 
 def cell(text: str) -> str:
-    """Write a text so that it stays in its cell of a table; a code span does not keep a bar from ending it."""
+    """Escape a text for a cell of a table; a bar would end it even inside of a code span."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def code(text: str) -> str:
-    """Write a text that others chose as it is, whatever it looks like."""
+    """Write a text that others chose as a code span, whatever it contains."""
     return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 
@@ -178,7 +178,7 @@ def format_size(size: float) -> str:
 
 
 def tokenizer_of(folder: Path, config: dict) -> str | None:
-    """Say of which kind a tokenizer is, and how it writes what begins and ends texts."""
+    """Describe a tokenizer: its kind, and the tokens that begin and end texts."""
     path = folder / "tokenizer.json"
     if not path.exists():
         return None
@@ -192,7 +192,7 @@ def tokenizer_of(folder: Path, config: dict) -> str | None:
 
 
 def files_of(folder: Path, info: CheckpointInfo, progress: bool) -> list[tuple[str, int, str]]:
-    """List (name, bytes, SHA-256) of the files that make the model, taken anew where the list of hashes is older."""
+    """List (name, bytes, SHA-256) of the model's files; a file newer than the list of hashes is hashed again."""
     paths = [path for path in (folder / name for name in sorted({*info.files, *HASHED})) if path.is_file()]
     sums, listed = {}, folder / CHECKSUMS
     if listed.exists():
@@ -206,10 +206,10 @@ def files_of(folder: Path, info: CheckpointInfo, progress: bool) -> list[tuple[s
 
 
 def write_card(path: Path, content: str):
-    """Write a card; one that a person wrote is not replaced.
+    """Write a card, but never over one that a person wrote.
 
     Raises:
-        UserError: such a one stands there, or the system refuses.
+        UserError: there is such a card, or the system refuses.
     """
     if not is_made_here(read_card(path)):
         raise UserError(

@@ -1,7 +1,7 @@
 """The YAML at the head of a model card: read, checked as the Hub checks it, and written.
 
-What the Hub takes: https://github.com/huggingface/hub-docs/blob/main/modelcard.md. It also looks names up there, such
-as those of datasets; that is not done here.
+The rules of the Hub: https://github.com/huggingface/hub-docs/blob/main/modelcard.md. The Hub also looks up names,
+such as those of datasets; that is not done here.
 """
 
 import re
@@ -16,7 +16,7 @@ from .licenses import IDENTIFIERS
 REPOSITORY = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 LISTED = "|".join(map(re.escape, IDENTIFIERS))
-# Key -> (pattern of each value, whether there may be several, what it must be)
+# Key -> (pattern of each value, whether several are allowed, description for an error)
 RULES = {
     "license": (LISTED, True, "an identifier of the Hub's list, such as apache-2.0, mit, llama3.1 or other"),
     "license_name": (r"[a-z0-9][a-z0-9.-]*", False, "a short name in small letters, such as my-terms-1.0"),
@@ -32,16 +32,16 @@ RULES = {
 
 
 def split_card(content: str) -> tuple[str | None, str]:
-    """Divide a card into its front matter, without the lines of dashes, and the rest; None where there is none."""
+    """Split a card into its front matter (without the lines of dashes; None if it has none) and the rest."""
     match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", content, re.DOTALL | re.MULTILINE)
     return (match[1], content[match.end() :]) if match else (None, content)
 
 
 def read_front_matter(content: str, path: Path) -> dict:
-    """Return what stands in the front matter of a card, checked; an empty dictionary where there is none.
+    """Return the front matter of a card, checked; an empty dictionary if it has none.
 
     Raises:
-        UserError: naming the line of what the Hub would refuse.
+        UserError: the Hub would refuse it; the sentence names the line.
     """
     text, _ = split_card(content)
     if text is None:
@@ -58,7 +58,7 @@ def read_front_matter(content: str, path: Path) -> dict:
         raise UserError(f"{path}, line 2: front matter must be keys with values, got {type(value).__name__}")
     lines = {}
     for key, _ in node.value:
-        line = key.start_mark.line + 2  # of the file, from 1, after the dashes
+        line = key.start_mark.line + 2  # in the file, from 1, after the dashes
         if key.value in lines:
             raise UserError(f"{path}, line {line}: `{key.value}` stands in line {lines[key.value]} already; keep one")
         lines[key.value] = line
@@ -79,10 +79,10 @@ def check_value(given, pattern: str, several: bool, message: str):
 
 
 def check_card(content: str, path: Path) -> dict:
-    """Return what stands in the front matter of a card that the Hub would take as it stands.
+    """Return the front matter of a card that can be uploaded as it is.
 
     Raises:
-        UserError: naming the line, or the key that is missing.
+        UserError: a key is missing, or the Hub would refuse a line; the sentence names it.
     """
     value = read_front_matter(content, path)
     if "license" not in value:

@@ -1,4 +1,4 @@
-"""Licences as the Hub knows them, and what Meta's ask of whoever passes its weights on.
+"""The licences that the Hub knows, and what Meta's ask of those who redistribute its weights.
 
 Identifiers: https://huggingface.co/docs/hub/repositories-licenses. Meta's terms: section 1.b of each agreement, at
 https://www.llama.com/llama3/license and its successors.
@@ -24,14 +24,14 @@ IDENTIFIERS = frozenset(_IDENTIFIERS.split())
 
 
 class MetaLicense(NamedTuple):
-    name: str  # of the model, as the agreement has it
-    built_with: str  # what a page that shows the model must say
-    prefix: str  # what the name of a derived model must begin with
+    name: str  # of the model, as the agreement writes it
+    built_with: str  # what a page about the model must say
+    prefix: str  # how the name of a derived model must begin
     link: str
 
     @property
     def notice(self) -> str:
-        """The line that a file called NOTICE must hold."""
+        """The line that a NOTICE file must contain."""
         owner = "Copyright © Meta Platforms, Inc. All Rights Reserved."
         return f"{self.name} is licensed under the {self.name} Community License, {owner}"
 
@@ -45,7 +45,7 @@ META = {
 
 
 def check_license(license: str, front_matter: dict | None = None):
-    """Raise unless the Hub knows the licence, and the front matter names one that it does not list."""
+    """Check that the Hub knows the licence, or that the front matter names one of its own."""
     if license not in IDENTIFIERS:
         near = sorted(known for known in IDENTIFIERS if known.startswith(license.lower()[:4]))
         listed = ", ".join(near[:5] or ["apache-2.0", "mit", "llama3.1", "other"])
@@ -56,7 +56,7 @@ def check_license(license: str, front_matter: dict | None = None):
 
 
 def license_of_meta(info: CheckpointInfo, version: str) -> str | None:
-    """Return the licence of Meta's weights where a model has the shape and vocabulary of a released Llama 3."""
+    """Return the licence of Meta's weights if a model has the shape and vocabulary of a released Llama 3."""
     released = version.removesuffix(".0")
     for name in PRESETS:
         shape = config_of(name)

@@ -1,4 +1,4 @@
-"""A model folder onto the Hub: checked, with its card, in one upload that can be repeated."""
+"""Upload a model folder to the Hub: checked, with its card, and repeatable."""
 
 import contextlib
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from .front_matter import check_card
 from .licenses import META
 from .repository import NOTICE, check_repository, choose, notes_on
 
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX)  # an older one beside new ones would be loaded
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX)  # older ones would be loaded
 MESSAGE = "Upload model with hf_llama3"
 REMEDIES = {
     401: "log in by `hf auth login` with a token that may write",
@@ -29,15 +29,15 @@ REMEDIES = {
 
 @dataclass
 class PublishReport:
-    """Say what was uploaded, or would be; sizes in bytes."""
+    """What was uploaded, or would be; sizes in bytes."""
 
     repo_id: str
-    address: str  # of the model, or of the pull request
+    address: str  # address of the model, or of the pull request
     revision: str | None
-    commit: str | None  # that holds the files now; None of a dry run
+    commit: str | None  # that now holds the files; None for a dry run
     files: dict[str, int]  # name -> bytes
     bytes: int
-    left_out: list[str]  # what lies in the folder and belongs to no model
+    left_out: list[str]  # files in the folder that do not belong to the model
     notes: list[str]
     dry_run: bool
 
@@ -58,16 +58,16 @@ def publish(
 ) -> PublishReport:
     """Check a Hugging Face folder, make its card, and upload what belongs to the model.
 
-    The same call goes on with an upload that was cut off, and changes nothing where all is there. Weights that lie
-    there under other names are removed. A card that a person wrote is uploaded as it is.
+    The same call resumes an upload that was cut off, and changes nothing if everything is there. Weights under other
+    names are removed from the repository. A card that a person wrote is uploaded as it is.
 
     Args:
-        repo_id: owner/name; it is made where it does not exist.
-        license: as the Hub knows it; the folder's own if omitted.
-        private: make a private repository; one that is there and public is refused.
-        revision: branch, made where it does not exist, or a pull request, as refs/pr/1; main if omitted.
-        create_pr: open a pull request, in a repository that exists; each call opens one, `revision` goes on with it.
-        dry_run: check all and say what would be uploaded; nothing is written, here or there.
+        repo_id: owner/name; created if it does not exist.
+        license: identifier of the Hub; that of the folder's card if omitted.
+        private: create a private repository; an existing public one is refused.
+        revision: branch (created if it does not exist) or pull request (refs/pr/1); main if omitted.
+        create_pr: open a new pull request in an existing repository; `revision` adds to one that is open.
+        dry_run: check everything and report what would be uploaded; nothing is written, here or there.
         progress: show a bar while files are hashed.
 
     Raises:
@@ -112,7 +112,7 @@ def publish(
 
 
 def check_name(repo_id: str):
-    """Raise unless the Hub can have a repository of that name."""
+    """Check that a repository of the Hub can have this name."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -125,7 +125,7 @@ def check_name(repo_id: str):
 
 
 def upload(folder: Path, report: PublishReport, private: bool, create_pr: bool):
-    """Make repository and branch where they are not there, and send what they do not have."""
+    """Create repository and branch if they do not exist, and send the files that they lack."""
     from huggingface_hub import HfApi
 
     api, repo_id, revision = HfApi(library_name="hf_llama3"), report.repo_id, report.revision
@@ -151,7 +151,7 @@ def upload(folder: Path, report: PublishReport, private: bool, create_pr: bool):
 
 @contextlib.contextmanager
 def hub_errors(report: PublishReport):
-    """Turn what the Hub or the way to it refuses into a sentence."""
+    """Turn errors of the Hub and of the network into a sentence."""
     from huggingface_hub import errors
 
     try:
@@ -160,12 +160,12 @@ def hub_errors(report: PublishReport):
         raise UserError(explain(error, report)) from error
     except UnicodeError as error:
         raise UserError("the token for the Hub holds other letters than a token has; mend HF_TOKEN") from error
-    except RuntimeError as error:  # what the library makes of an error in one of several uploads
+    except RuntimeError as error:  # the library's error for one of several uploads
         raise UserError(explain(error.__cause__ or error, report)) from error
 
 
 def explain(error: BaseException, report: PublishReport) -> str:
-    """Say what went wrong and what to do."""
+    """Return what went wrong and what to do."""
     from huggingface_hub import errors
 
     repo_id, again = report.repo_id, "the same command goes on where it stopped"

@@ -1,4 +1,4 @@
-"""Whether a folder is fit to be a repository on the Hub: what of it belongs there, and what must not."""
+"""Check that a folder can be published on the Hub: which files belong there, and which must not."""
 
 import re
 from fnmatch import fnmatch
@@ -36,7 +36,7 @@ SECRETS = {
 
 
 def choose(folder: Path, info: CheckpointInfo) -> tuple[list[str], list[str]]:
-    """Divide what lies in a folder into the files of the model and the rest, by their names in it."""
+    """Divide the files of a folder into those of the model and the rest, by their paths in it."""
     code = CODE_FILES if carries_code(folder) else ()
     named, wanted = {*info.files, INDEX, *code}, (*VOCABULARY, *TEXTS, *PICTURES)
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -50,10 +50,10 @@ def choose(folder: Path, info: CheckpointInfo) -> tuple[list[str], list[str]]:
 
 
 def check_repository(folder: Path, info: CheckpointInfo, chosen: list[str], progress: bool = False):
-    """Raise unless a folder is whole, is what its list of hashes says, loads, and holds no secret.
+    """Check that a folder is whole, has the hashes that it lists, loads, and holds no secret.
 
     Raises:
-        UserError: naming the file.
+        UserError: it does not; the sentence names the file.
     """
     if (folder / CHECKSUMS).exists():
         remedy = f"make the folder again, or remove {CHECKSUMS} if you changed the file"
@@ -70,7 +70,7 @@ def check_repository(folder: Path, info: CheckpointInfo, chosen: list[str], prog
 
 
 def check_form(folder: Path, info: CheckpointInfo):
-    """Raise unless others read the folder as this package does: names, kind of file, configuration."""
+    """Check that other tools read the folder as this package does: names, kind of file, configuration."""
     config = read_json(folder / "config.json")
     made = f"hf-llama3 convert {folder} {folder}-whole --to hf"
     if config.get("tie_word_embeddings") and not info.tied and info.head == "ForCausalLM":
@@ -88,7 +88,7 @@ def check_form(folder: Path, info: CheckpointInfo):
 
 
 def check_code(folder: Path):
-    """Raise unless a folder of our own type carries the code that this package has, and says where it is."""
+    """Check that a folder of our own type carries this package's code, and that its configuration names it."""
     if not carries_code(folder):
         return
     again = "write the folder again with convert --as llama3"
@@ -102,20 +102,20 @@ def check_code(folder: Path):
 
 
 def check_loads(folder: Path):
-    """Raise unless transformers takes configuration and tokenizer; names and shapes of tensors were compared before."""
+    """Check that transformers loads configuration and tokenizer; the tensors were checked before."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if (folder / "tokenizer_config.json").exists():
             AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # each library raises its own
+    except Exception as error:  # each library has errors of its own
         reason = words_of(error)
         raise UserError(f"{folder} cannot be loaded by transformers ({reason}); mend that first") from error
 
 
 def check_place(folder: Path, path: Path):
-    """Raise if a file is a link to one outside of the folder, and of the Hub's cache where the folder lies in that."""
+    """Refuse a link that leads outside of the folder (and of the Hub's cache, for a folder in it)."""
     if place := leads_outside(folder, path):
         raise UserError(
             f"{path} is a link to {place}, outside of the folder; put a copy there if it is to be published"
@@ -123,7 +123,7 @@ def check_place(folder: Path, path: Path):
 
 
 def check_secrets(path: Path):
-    """Raise if a text holds what looks like a secret; it is not printed."""
+    """Refuse a text that holds what looks like a secret, without printing it."""
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         for what, pattern in SECRETS.items():
             if re.search(pattern, line):
@@ -131,7 +131,7 @@ def check_secrets(path: Path):
 
 
 def notes_on(folder: Path, repo_id: str, info: CheckpointInfo, terms: list[MetaLicense]) -> list[str]:
-    """Say what is no error but should be known before publishing."""
+    """Return notes on what is no error but should be known before publishing."""
     notes = [] if info.tokenizer else ["there is no tokenizer: nobody can put a text into this model"]
     metas = license_of_meta(info, version_of(info, read_provenance(folder)))
     if metas and META[metas] not in terms:

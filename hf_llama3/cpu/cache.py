@@ -1,4 +1,4 @@
-"""A cache for `model.generate` that grows in place instead of being copied at every step."""
+"""A key/value cache for `model.generate` that grows in place, where the library copies it at every step."""
 
 # Shapes: B rows, K key/value heads, S tokens so far, T new tokens, D channels of a head
 
@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-SPARE_TOKENS, SPARE_SHARE = 256, 8  # room for so many more tokens, or an eighth more
+SPARE_TOKENS, SPARE_SHARE = 256, 8  # tokens of room, or an eighth of the cache if that is more
 
 
 class GrowingLayer(DynamicLayer):
@@ -50,12 +50,12 @@ def grow_caches(model: PreTrainedModel):
 
 
 def prepare_cache(model: PreTrainedModel, generation_config, model_kwargs: dict, *args, **kwargs):
-    """Replace the library's method: a plain cache that it makes gets growing layers, every other is left alone."""
+    """Replace the library's method: a plain cache gets growing layers; all other caches are left alone."""
     given = model_kwargs.get("past_key_values")
     result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
     cache = model_kwargs.get("past_key_values")
     if cache is not given and type(cache) is DynamicCache:
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        if cache.layer_class_to_replicate is DynamicLayer:  # of layers that are made when they are first written
+        if cache.layer_class_to_replicate is DynamicLayer:  # a cache that makes its layers when they are first written
             cache.layer_class_to_replicate = GrowingLayer
     return result

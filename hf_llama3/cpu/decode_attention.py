@@ -1,6 +1,6 @@
-"""Steps of `generate` that attend by machine code of ours, through the library's attention interface.
+"""Attention of `generate`'s decode steps by our machine code, through the library's attention interface.
 
-What that does not take (prompts, gradients, what is compiled, odd types and masks) goes to the library's "sdpa".
+What it does not serve (prompts, gradients, compiled code, other types and masks) goes to the library's "sdpa".
 """
 
 # Shapes: B rows, H query heads, K key/value heads, T query tokens, S keys, D channels of a head
@@ -16,11 +16,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .kernels.attention import decode_attention, is_served
 
 NAME = "hf_llama3_decoding"
-UNSERVED = ("softcap", "position_bias", "cache")  # what else "sdpa" may be given
+UNSERVED = ("softcap", "position_bias", "cache")  # what "sdpa" may be given besides
 
 
 def use_decode_attention(model: PreTrainedModel):
-    """Let `model.generate` attend by `attend`, where it would by the library's interface and "sdpa"."""
+    """Let `model.generate` attend by `attend` where it would use the library's "sdpa"."""
     if not getattr(model, "_supports_attention_backend", False):
         return
     AttentionInterface.register(NAME, attend)
@@ -29,7 +29,7 @@ def use_decode_attention(model: PreTrainedModel):
 
 
 def generate(model: PreTrainedModel, *args, **kwargs):
-    """Stand for `model.generate`. Elsewhere the configuration says what it did, so that all else stays as it is."""
+    """Replace `model.generate`; outside of this call the configuration still names the library's attention."""
     config = model.config.get_text_config(decoder=True)
     if config._attn_implementation != "sdpa":
         return type(model).generate(model, *args, **kwargs)
@@ -41,9 +41,9 @@ def generate(model: PreTrainedModel, *args, **kwargs):
 
 
 def attend(module: nn.Module, queries, keys, values, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Return what queries (B, H, T, D) read from keys and values (B, K, S, D), as (B, T, H, D), and no weights."""
+    """Attend with queries (B, H, T, D) to keys and values (B, K, S, D); return (B, T, H, D) and no weights."""
     is_plain = not dropout and all(kwargs.get(name) is None for name in UNSERVED)
     if not torch.compiler.is_compiling() and is_plain and is_served(queries, keys, values, attention_mask):
         return decode_attention(queries, keys, values, attention_mask, scaling), None
-    how = {"dropout": dropout, "scaling": scaling} | kwargs
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, queries, keys, values, attention_mask, **how)
+    options = {"dropout": dropout, "scaling": scaling} | kwargs
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, queries, keys, values, attention_mask, **options)

@@ -1,4 +1,4 @@
-"""Linear layers that multiply by a kernel, and the parameter that stands for a weight that is quantised."""
+"""Linear layers that multiply by a kernel, and the parameter that takes the place of a quantised weight."""
 
 import itertools
 import weakref
@@ -9,15 +9,16 @@ from torch.utils._pytree import tree_map_only
 
 from hf_llama3.errors import UserError
 
-from .kernels.linear import Kernel, PlainKernel
+from .kernels.exact import ExactKernel
+from .kernels.kernel import Kernel
 
-KERNELS = weakref.WeakValueDictionary()  # number -> kernel, as compiled code knows it
+KERNELS = weakref.WeakValueDictionary()  # number -> kernel; compiled code knows the number
 NUMBERS = itertools.count()
 CHANGED = "the weights of an optimised model must stay as they are; call hf_llama3.restore before they are changed"
 
 
 class QuantizedWeight(torch.Tensor):
-    """Stand for a weight that is quantised: it has its shape and type, and neither can be read nor written."""
+    """The parameter in place of a quantised weight: it has its shape and type, but cannot be read or written."""
 
     @staticmethod
     def __new__(cls, kernel):
@@ -43,18 +44,18 @@ class QuantizedWeight(torch.Tensor):
 
 
 def refuse_reading(*_):
-    raise UserError("a quantised weight cannot be read, for it is not the model's; load the model again")
+    raise UserError("a quantised weight cannot be read, since the exact one is gone; load the model again")
 
 
-class PackedLinear(nn.Linear):
+class KernelLinear(nn.Linear):
     """An `nn.Linear` that multiplies by its kernel.
 
-    A module changes its class in place, because hooks, other holders of the module and its name have to stay.
+    A module changes its class in place: hooks, references to the module and its name must stay as they are.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return torch.ops.hf_llama3.packed_linear(x, self.bias, self.number, self.out_features)
+            return torch.ops.hf_llama3.kernel_linear(x, self.bias, self.number, self.out_features)
         if self.version is not None and self.weight._version != self.version:
             raise UserError(CHANGED)
         if x.requires_grad and torch.is_grad_enabled():
@@ -71,12 +72,12 @@ class PackedLinear(nn.Linear):
     def __setstate__(self, state):
         super().__setstate__(state)
         if self.version is not None:
-            self.version = self.weight._version  # a copy's count starts again
+            self.version = self.weight._version  # the count of a copy starts at 0
         if self.kernel.is_exact:
-            self.take(PlainKernel(self.weight))
+            self.set_kernel(ExactKernel(self.weight))
 
-    def take(self, kernel: Kernel):
-        """Multiply by a kernel, under a number of its own."""
+    def set_kernel(self, kernel: Kernel):
+        """Multiply by a kernel from now on, registered under a new number."""
         self.kernel, self.number = kernel, next(NUMBERS)
         KERNELS[self.number] = kernel
 
@@ -86,36 +87,36 @@ class PackedLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-def pack(linear: nn.Linear, kernel: Kernel, keeps_weight: bool):
-    """Let a module multiply by a kernel of its weight.
+def use_kernel(linear: nn.Linear, kernel: Kernel, keeps_weight: bool):
+    """Let a module multiply by a kernel.
 
-    An exact kernel reads the weight where it is. A quantised one takes its place, unless the module `keeps_weight` for
-    another that has the same parameter.
+    An exact kernel reads the module's weight. A quantised one replaces it, unless the module `keeps_weight` for another
+    module that shares the parameter.
     """
     linear.version = None
     if not kernel.is_exact and not keeps_weight:
         linear.weight = nn.Parameter(QuantizedWeight(kernel), requires_grad=False)
     elif not kernel.is_exact and not linear.weight.is_inference():
         linear.version = linear.weight._version
-    linear.__class__ = PackedLinear
-    linear.take(kernel)
+    linear.__class__ = KernelLinear
+    linear.set_kernel(kernel)
 
 
-def unpack(linear: PackedLinear):
-    """Undo `pack` of an exact kernel."""
+def use_weight(linear: KernelLinear):
+    """Undo `use_kernel` of an exact kernel."""
     linear.__class__ = nn.Linear
     del linear.kernel, linear.number, linear.version
 
 
 OPERATORS = library.Library("hf_llama3", "DEF")
-OPERATORS.define("packed_linear(Tensor x, Tensor? bias, int number, int out_features) -> Tensor")
+OPERATORS.define("kernel_linear(Tensor x, Tensor? bias, int number, int out_features) -> Tensor")
 
 
-@library.impl(OPERATORS, "packed_linear", "CPU")
-def multiply(x, bias, number, out_features):
+@library.impl(OPERATORS, "kernel_linear", "CPU")
+def kernel_linear(x, bias, number, out_features):
     return KERNELS[number](x, bias)
 
 
-@library.impl(OPERATORS, "packed_linear", "Meta")
-def describe(x, bias, number, out_features):
+@library.impl(OPERATORS, "kernel_linear", "Meta")
+def kernel_linear_meta(x, bias, number, out_features):
     return x.new_empty(*x.shape[:-1], out_features)

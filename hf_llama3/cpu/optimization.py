@@ -1,4 +1,4 @@
-"""Let `model.generate` run at the speed of the memory: the same model object, numbers and names, executed otherwise."""
+"""Let `model.generate` run at the speed of memory: the same model object with the same outputs, executed faster."""
 
 import functools
 import warnings
@@ -15,15 +15,17 @@ from . import QUANTIZATIONS, processor
 from .cache import grow_caches
 from .compiled import compile_decoding
 from .decode_attention import use_decode_attention
-from .kernels.linear import Int4Kernel, Int8Kernel, Kernel, PlainKernel
-from .linear import PackedLinear, pack, unpack
+from .kernels.exact import ExactKernel
+from .kernels.int8_int4 import Int4Kernel, Int8Kernel
+from .kernels.kernel import Kernel
+from .linear import KernelLinear, use_kernel, use_weight
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that kernels read
-REPLACED = (  # the model gets its own, or what the library keeps on it
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # types of weights that kernels read
+REPLACED = (  # attributes of the model that are replaced, or that the library keeps on it
     *("generate", "get_compiled_call", "_prepare_static_cache", "_prepare_cache_for_generation"),
     *("_compiled_call", "_last_compile_config"),
 )
-NO_PLAIN_WEIGHTS = ("state_dict", "save_pretrained", "push_to_hub")  # refused where the weights are quantised
+NO_PLAIN_WEIGHTS = ("state_dict", "save_pretrained", "push_to_hub")  # refused after quantising
 
 
 @dataclass
@@ -39,21 +41,21 @@ class Optimization:
 def optimize(
     model: PreTrainedModel, quantize: str | None = None, compile: bool = False, progress: bool = False
 ) -> PreTrainedModel:
-    """Return the same model, ready to generate fast and not to be changed until `restore`.
+    """Prepare a model to generate fast, and return it; it must not be changed until `restore`.
 
-    On a CPU every linear layer multiplies by products of ours, which read its weight where it lies, and the steps of
-    `generate` attend by our attention. Outputs stay within the rounding of sums in another order. On another device
-    `compile` is what makes it faster. Any transformers model will do.
+    On a CPU every linear layer multiplies by our kernels, which read its weight where it lies, and the decode steps of
+    `generate` use our attention. Outputs differ only by the rounding of sums in another order. On another device it is
+    `compile` that makes it faster. Works for any transformers model.
 
     Args:
-        quantize: on a CPU, weights of "int8", or of "int4" (the head of int8); outputs change, and only loading brings
-            back what they were.
-        compile: decode over a static cache by a compiled step; to compile it takes a minute or so, here and now.
-        progress: show on standard error how far that is.
+        quantize: on a CPU, quantise weights to "int8", or to "int4" (the head to int8); outputs change, and the exact
+            weights are gone until the model is loaded again.
+        compile: decode over a static cache by a compiled step; the call then takes about a minute to compile it.
+        progress: show the progress of that on standard error.
 
     Raises:
-        UserError: the model has adapters, lies on several devices, is quantised already (on a GPU by other than
-            torchao), or shall be quantised on a GPU, on a processor without kernels or from another type.
+        UserError: the model has adapters, lies on several devices, or is quantised already (on a GPU by other than
+            torchao); or `quantize` is asked for on a GPU, on a processor without kernels, or for another type.
     """
     done = getattr(model, "optimization", None)
     quantize = quantize or (done and done.quantize)
@@ -80,10 +82,10 @@ def optimize(
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the same model with its plain modules, modes and exact weights; one that is not optimised is left alone.
+    """Undo `optimize` and return the model; one that is not optimised is left alone.
 
     Raises:
-        UserError: the weights are quantised, and what they were is gone.
+        UserError: the weights are quantised, and the exact ones are gone.
     """
     done = model.__dict__.get("optimization")
     if done is None:
@@ -95,13 +97,13 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def release(model: PreTrainedModel):
-    """Undo all of `optimize` but what was quantised."""
+    """Undo all of `optimize` except the quantisation."""
     done = model.optimization
     for module in model.modules():
         for name in (*REFUSALS, *NO_PLAIN_WEIGHTS, *REPLACED):
             module.__dict__.pop(name, None)
-        if isinstance(module, PackedLinear) and not done.quantize:
-            unpack(module)
+        if isinstance(module, KernelLinear) and not done.quantize:
+            use_weight(module)
     parameters = dict(model.named_parameters())
     for name in done.trainable:
         parameters[name].requires_grad_(True)
@@ -111,7 +113,7 @@ def release(model: PreTrainedModel):
 
 
 def check(model: PreTrainedModel, quantize: str | None):
-    """Refuse what cannot be optimised, before anything is changed."""
+    """Refuse a model that cannot be optimised, before anything is changed."""
     if quantize not in (None, *QUANTIZATIONS):
         raise UserError(f"`quantize` must be one of {QUANTIZATIONS} or None, got {quantize!r}")
     if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
@@ -127,8 +129,8 @@ def check(model: PreTrainedModel, quantize: str | None):
     if was_gguf and all(type(parameter) is nn.Parameter for parameter in model.parameters()):
         quantizer = None  # the library has dequantised the file's weights
     if quantizer is not None and (model.device.type == "cpu" or not quantizer.is_compileable):
-        how = type(quantizer.quantization_config).__name__
-        raise UserError(f"on {model.device} weights must be plain, got a model loaded with a {how}; load it without")
+        method = type(quantizer.quantization_config).__name__
+        raise UserError(f"on {model.device} weights must be plain, got a model loaded with a {method}; load it without")
     devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
     devices = devices if len(devices) > 1 or "disk" in devices else []
     if devices or any(parameter.device.type == "meta" for parameter in model.parameters()):
@@ -156,21 +158,21 @@ def pack_linears(model: PreTrainedModel, quantize: str | None):
             skipped[f"{weight.dtype} on {weight.device.type}".removeprefix("torch.")] += 1
         else:
             kernel = choose_kernel(quantize, is_head=module is head)
-            pack(module, kernel(weight), keeps_weight=holders[id(weight)] > 1)
+            use_kernel(module, kernel(weight), keeps_weight=holders[id(weight)] > 1)
     if skipped:
         which = ", ".join(f"{count} of {kind}" for kind, count in skipped.items())
         warnings.warn(f"linear layers that have no faster kernel here were left as they are: {which}", stacklevel=3)
 
 
 def choose_kernel(quantize: str | None, is_head: bool) -> type[Kernel]:
-    """Return the kernel for a weight; of int4 the head, in which every error is a logit's, gets int8."""
+    """Return the kernel for a weight; with int4 the head gets int8, because its errors go straight into the logits."""
     if quantize is None:
-        return PlainKernel
+        return ExactKernel
     return Int4Kernel if quantize == "int4" and not is_head else Int8Kernel
 
 
 def refuse_changes(model: PreTrainedModel):
-    """Put refusals over the methods by which a model is changed, or saved as what it no longer is."""
+    """Let the methods refuse that would change the weights, or save weights that are gone."""
     for module in model.modules():
         for name, refusal in REFUSALS.items():
             setattr(module, name, functools.partial(refusal, module))
@@ -186,7 +188,7 @@ def refuse_train(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def refuse_apply(module: nn.Module, function, recurse: bool = True) -> nn.Module:
-    """Stand for `Module._apply`, by which `.to()`, `.half()` and the like work; what changes nothing is let through."""
+    """Replace `Module._apply`, which `.to()`, `.half()` and the like call: refuse those that change anything."""
     for parameter in module.parameters():
         probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         changed = function(probe)
@@ -203,7 +205,7 @@ def refuse_load_state_dict(module: nn.Module, *args, **kwargs):
     raise UserError("an optimised model cannot take other weights; call hf_llama3.restore(model) first")
 
 
-# Method that would change the weights or lead to it -> what stands over it while the model is optimised
+# Method that changes the weights -> its replacement while the model is optimised
 REFUSALS = {"train": refuse_train, "_apply": refuse_apply, "load_state_dict": refuse_load_state_dict}
 
 
@@ -215,11 +217,11 @@ def refuse_saving(model: PreTrainedModel, *args, **kwargs):
 
 
 def quantization_of(model: PreTrainedModel) -> str | None:
-    """Return "int8", "int4", or None where the weights are what they were."""
+    """Return "int8", "int4", or None for exact weights."""
     done = model.__dict__.get("optimization")
     return done and done.quantize
 
 
 def origin(model: PreTrainedModel) -> str:
-    """Say where the model was loaded from."""
+    """Return where the model was loaded from."""
     return model.name_or_path or "what it was loaded from"

@@ -1,4 +1,4 @@
-"""A folder that starts at once on a CPU: the weights as kernels read them, mapped from the file and not copied."""
+"""Write a folder that starts at once on a CPU: weights are stored as kernels read them, and mapped from the file."""
 
 import math
 import time
@@ -21,11 +21,11 @@ from hf_llama3.files.atomic import check_target, clear, files_in, finish, stagin
 from hf_llama3.files.progress import byte_bar
 
 from . import QUANTIZATIONS
-from .kernels.linear import Kernel
+from .kernels.kernel import Kernel
 from .optimization import choose_kernel
 from .quantizer import FORMAT, PLAIN, TYPES
 
-PAGE = 4096  # bytes, at whose multiples tensors begin in a file
+PAGE = 4096  # bytes; large tensors begin at multiples of it
 
 
 @dataclass
@@ -53,14 +53,14 @@ def pack_model(
     overwrite: bool = False,
     progress: bool = False,
 ) -> PackReport:
-    """Write a checkpoint of either format as a folder whose model is optimised, and quantised, when it is loaded.
+    """Write a checkpoint of any format as a folder whose model is optimised, or quantised, as soon as it is loaded.
 
-    One weight at a time is in memory. Processes that load the folder share the pages of its files.
+    One weight at a time is held in memory. Processes that load the folder share its pages.
 
     Args:
         source: folder of either format, or a name on the Hub; it is never changed.
-        target: folder to make; what is there already stays unless `overwrite`, and then until the new one is whole.
-        quantize: see `optimize`; if omitted, the weights must be bfloat16, and are packed to the bit.
+        target: folder to make; with `overwrite` an existing one is replaced when the new one is whole.
+        quantize: "int8" or "int4", see `optimize`; if omitted, the weights must be bfloat16 and stay exact.
 
     Raises:
         UserError: for whatever a user can cause; the target is then as it was.
@@ -90,21 +90,21 @@ def pack_model(
 
 @dataclass
 class WeightsFile:
-    """Say which rows of the table a file holds, and where the tensors that they become lie in it."""
+    """One file of weights: its rows of the weight table, and where their tensors lie in it."""
 
     name: str
     rows: list[Row]
     layout: SafetensorsLayout
-    offsets: dict[str, int]  # by tensor
-    largest: int  # bytes that a weight becomes which is packed
+    offsets: dict[str, int]  # of each tensor
+    largest: int  # bytes of the largest weight that is stored for a kernel
 
 
 def plan_files(checkpoint: Checkpoint, quantize: str | None) -> list[WeightsFile]:
-    """Divide the weights among files; in each, what fills whole pages comes first and begins where a page does."""
-    # A head that shares the embedding is a tensor of its own where it is quantised
+    """Divide the weights among files; in each, tensors of whole pages come first, so that they begin at a page."""
+    # A tied head is stored apart where it is quantised
     rows = checkpoint.rows if quantize else checkpoint.own_rows
-    described = [(row, describe(row, LazyTensor(checkpoint, row), quantize)) for row in rows]
-    divided = divide(described, lambda entry: sum(map(num_bytes, entry[1])), parse_size(DEFAULT_SHARD_SIZE))
+    tensors_of = [(row, stored_as(row, LazyTensor(checkpoint, row), quantize)) for row in rows]
+    divided = divide(tensors_of, lambda entry: sum(map(num_bytes, entry[1])), parse_size(DEFAULT_SHARD_SIZE))
     files = []
     for name, group in divided.items():
         tensors = [tensor for _, of_row in group for tensor in of_row]
@@ -117,11 +117,11 @@ def plan_files(checkpoint: Checkpoint, quantize: str | None) -> list[WeightsFile
     return files
 
 
-def describe(row: Row, weight: LazyTensor, quantize: str | None) -> list[tuple[str, Dtype, tuple[int, ...]]]:
-    """Return name, type and shape of each tensor that a row of the table becomes."""
+def stored_as(row: Row, weight: LazyTensor, quantize: str | None) -> list[tuple[str, Dtype, tuple[int, ...]]]:
+    """Return name, type and shape of each tensor that a row of the table is stored in."""
     kernel = kernel_of(row, weight.shape, quantize)
     prefix, _, own = row.hf.rpartition(".")  # "weight" or "bias"
-    tensors = {own: weight} if kernel is None else kernel.describe(tuple(weight.shape))
+    tensors = {own: weight} if kernel is None else kernel.layout(tuple(weight.shape))
     return [
         (f"{prefix}.{key}", TYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
         for key, tensor in tensors.items()
@@ -129,7 +129,7 @@ def describe(row: Row, weight: LazyTensor, quantize: str | None) -> list[tuple[s
 
 
 def kernel_of(row: Row, shape: tuple[int, ...], quantize: str | None) -> type[Kernel] | None:
-    """Return the kernel of a weight, or None where it is read as it is."""
+    """Return the kernel that a weight is stored for, or None where it is stored as it is."""
     if quantize is None or len(shape) != 2 or row.hf == EMBEDDING.hf:
         return None
     return choose_kernel(quantize, is_head=row.hf == OUTPUT.hf)
@@ -140,9 +140,9 @@ def num_bytes(tensor: tuple[str, Dtype, tuple[int, ...]]) -> int:
 
 
 def write_weights(file: WeightsFile, folder: Path, checkpoint: Checkpoint, quantize: str | None, progress):
-    """Write a file of tensors, one row of the table after another, and give it its name when it is whole."""
+    """Write a file of weights, one row of the table after another; it gets its name when it is whole."""
     partial = folder / f"{file.name}.partial"
-    memory = torch.empty(file.largest, dtype=torch.uint8)  # for one after another: new memory is slow
+    memory = torch.empty(file.largest, dtype=torch.uint8)  # reused, because fresh memory costs page faults
     with open(partial, "wb", buffering=0) as out:
         reserve(out, file.layout.size)
         for row in file.rows:
@@ -151,7 +151,7 @@ def write_weights(file: WeightsFile, folder: Path, checkpoint: Checkpoint, quant
             prefix, _, own = row.hf.rpartition(".")
             stored = {own: weight}
             if kernel is not None:
-                stored = lay_out(kernel.describe(tuple(weight.shape)), memory)
+                stored = lay_out(kernel.layout(tuple(weight.shape)), memory)
                 kernel.encode(weight, stored)
             for key, tensor in stored.items():
                 content = tensor.contiguous().view(torch.uint8).numpy()
@@ -162,20 +162,20 @@ def write_weights(file: WeightsFile, folder: Path, checkpoint: Checkpoint, quant
     finish(partial)
 
 
-def lay_out(described: dict[str, torch.Tensor], memory: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return tensors such as are described, one behind the other in memory."""
-    sizes = [tensor.nbytes for tensor in described.values()]
+def lay_out(layout: dict[str, torch.Tensor], memory: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the tensors of a layout, one behind the other in memory."""
+    sizes = [tensor.nbytes for tensor in layout.values()]
     parts = memory[: sum(sizes)].split(sizes)
     return {
         key: part.view(tensor.dtype).view(tensor.shape)
-        for (key, tensor), part in zip(described.items(), parts, strict=True)
+        for (key, tensor), part in zip(layout.items(), parts, strict=True)
     }
 
 
 def small_files(checkpoint: Checkpoint, quantize: str | None, files: list[WeightsFile], notes: list[str]):
-    """Return the other files, by name; the type is ours, so that where we are unknown loading ends with an error."""
+    """Return the other files by name. The model type is ours: without this package loading ends with an error."""
     config = portable_config(checkpoint.config, checkpoint.dtype, "llama3", checkpoint.more_config)
-    del config["auto_map"]  # the code that it names knows plain weights
+    del config["auto_map"]  # that code cannot read kernels' tensors
     config["quantization_config"] = {"quant_method": PACKED, "weights": quantize or PLAIN, "format": FORMAT}
     weight_map = {name: file.name for file in files for name in file.offsets}
     return hf_small_files(checkpoint, config, weight_map, sum(file.layout.size for file in files), notes)

@@ -1,4 +1,4 @@
-"""What this processor can do. Everything that depends on it asks here, and tests replace the answer."""
+"""What this processor can do. All code that depends on it asks here; tests replace the answer."""
 
 import functools
 import os
@@ -28,35 +28,35 @@ WITHIN_LIMIT = {
 
 @dataclass(frozen=True)
 class Processor:
-    """Say what a processor is and which instructions torch and oneDNN may use of it."""
+    """A processor, and which of its instructions torch and oneDNN may use."""
 
     name: str
     instructions: tuple[str, ...]
-    is_held: bool = False  # to fewer instructions than it has, by the environment
+    is_held: bool = False  # to fewer instructions than it has, by environment variables
 
     @property
     def multiplies_bfloat16(self) -> bool:
-        """Whether bfloat16 products are instructions; where they are not, torch computes them slower than float32."""
+        """Whether there are instructions for bfloat16 products; without them torch is slower than with float32."""
         return any(name in self.instructions for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
 
     @property
     def multiplies_pairs(self) -> bool:
-        """Whether an instruction adds the products of 32 pairs of bfloat16 (x86 alone)."""
+        """Whether an instruction adds the products of pairs of bfloat16 (AVX512_BF16)."""
         return "avx512_bf16" in self.instructions
 
     @property
     def has_kernels(self) -> bool:
-        """Whether our products are made for it: vectors with fused sums, and float16 widened by an instruction."""
+        """Whether our kernels serve it: they need fused multiply-add and an instruction that widens float16."""
         return {"avx2", "fma3"} <= set(self.instructions) or "neon" in self.instructions
 
     @property
     def lanes(self) -> int:
-        """How many float32 a vector has, of two vectors where they are short."""
+        """float32 numbers in a vector of the kernels; on Arm it is two of its short vectors."""
         return 16 if "avx512_f" in self.instructions else 8
 
     @property
     def registers(self) -> int:
-        """How many such vectors fit into registers."""
+        """Vectors of `lanes` that fit into registers."""
         return 32 if "avx512_f" in self.instructions else 16
 
     def __str__(self) -> str:
@@ -65,13 +65,13 @@ class Processor:
 
 @functools.cache
 def here() -> Processor:
-    """Look at this machine, within the limits that `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` set."""
+    """Return this machine's processor, within the limits of `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA`."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
     if hasattr(torch.cpu, "get_capabilities"):
         found = torch.cpu.get_capabilities()
-    else:  # an older torch, which tells less
+    else:  # an older torch
         known = {"AVX2": ("avx2", "fma3"), "AVX512": ("avx2", "fma3", "avx512_f")}
         found = dict.fromkeys(known.get(capability, ()), True)
     found = has = [name for name in (*X86, *ARM) if found.get(name)]
@@ -84,7 +84,7 @@ def here() -> Processor:
 
 
 def name_here() -> str:
-    """Return the processor's name as the system knows it."""
+    """Return the processor's name as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -93,12 +93,12 @@ def name_here() -> str:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads() -> int:
-    """Return how many threads torch computes with, now."""
+    """Return the number of threads that torch computes with now."""
     import torch
 
     return torch.get_num_threads()

@@ -1,7 +1,7 @@
-"""Several processes, started by torchrun, that generate as one: by tensor, by layer, or each its share of the prompts.
+"""Several processes, started by torchrun, that generate together: tensor, pipeline or data parallel.
 
-The model's division is transformers' own, by the plans in the configuration; here stands what it leaves to its caller:
-joining, refusing what cannot be divided, one error message for all, and bringing results together.
+transformers divides the model, by the plans in its configuration. This module does what that leaves to the caller:
+joining the processes, refusing what cannot be divided, one error message for all, and collecting results.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from hf_llama3.errors import UserError, words_of
 
 from . import PARALLEL
 
-TIMEOUT = timedelta(hours=2)  # of one exchange, which waits for the slowest; who is gone is noticed at once
+TIMEOUT = timedelta(hours=2)  # for one exchange, which waits for the slowest process; a lost one is noticed at once
 _groups = itertools.count()
 
 
@@ -38,7 +38,7 @@ class Group:
 
     @property
     def shares(self) -> int:
-        """Into how many shares prompts are divided."""
+        """The number of shares that prompts are divided into."""
         return self.count if self.mode == "data" else 1
 
     @property
@@ -46,10 +46,10 @@ class Group:
         return self.rank if self.mode == "data" else 0
 
     def check(self, config: PretrainedConfig):
-        """Raise unless a model of this configuration can be divided among the processes.
+        """Check that a model of this configuration can be divided among the processes.
 
         Raises:
-            UserError: with both numbers.
+            UserError: it cannot.
         """
         if self.mode == "tensor":
             for key in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
@@ -68,7 +68,7 @@ class Group:
             )
 
     def loading_options(self) -> dict:
-        """Return what `from_pretrained` is told, so that each process reads its part and no more."""
+        """Return options for `from_pretrained` by which each process reads only its part."""
         if self.mode == "tensor":
             return {"distributed_config": DistributedConfig(tp_size=self.count)}
         if self.mode == "pipeline":
@@ -76,7 +76,7 @@ class Group:
         return {"device_map": str(torch.device(device_type(), local_rank()))} if device_type() != "cpu" else {}
 
     def gather(self, value) -> list:
-        """Return the value of every share, in their order, to the first process; an empty list to the others."""
+        """Return the values of all shares, in order, in the first process, and an empty list in the others."""
         if self.shares == 1:
             return [value] if self.is_first else []
         values = [None] * self.count if self.is_first else None
@@ -84,7 +84,7 @@ class Group:
         return values or []
 
     def share_out(self, value):
-        """Return the first process's value to all."""
+        """Return the first process's value in all processes."""
         values = [value]
         if self.count > 1:
             dist.broadcast_object_list(values)
@@ -93,7 +93,7 @@ class Group:
 
 @contextlib.contextmanager
 def join(mode: str | None) -> Iterator[Group]:
-    """Join the processes that torchrun started; of an error only the first that meets one speaks, and all end.
+    """Join the processes that torchrun started; after an error only the first process that met one prints it.
 
     Raises:
         UserError: the mode is unknown, or it and the number of processes or of devices do not go together.
@@ -111,7 +111,7 @@ def join(mode: str | None) -> Iterator[Group]:
         raise UserError(f"--parallel needs several processes, got 1; start them by {start} ...")
     check_devices()
     store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    store = dist.PrefixStore(f"group {next(_groups)}", store)  # what an earlier group left there is not for this one
+    store = dist.PrefixStore(f"group {next(_groups)}", store)  # ignore what an earlier group left there
     try:
         backend = bind_device()
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
@@ -120,7 +120,7 @@ def join(mode: str | None) -> Iterator[Group]:
         dist.destroy_process_group()
     except Exception as error:
         if store.add("errors", 1) > 1:
-            os._exit(2)  # another process has said what is wrong; exchanges with it would never end
+            os._exit(2)  # another process has printed the error; exchanges with it would never end
         if not isinstance(error, UserError) and is_lost(error):
             raise UserError(f"another process was lost ({words_of(error)}); see above why") from error
         raise
@@ -129,8 +129,9 @@ def join(mode: str | None) -> Iterator[Group]:
 def bytes_per_process(config: PretrainedConfig, dtype: torch.dtype, mode: str, count: int) -> list[int]:
     """Return the bytes of weights that each of `count` processes holds, by the plans alone.
 
-    As transformers divides: by tensor what a plan names, and all of the rest in every process; by layer as many to
-    each, the remainder to the last, the embedding to the first (tied: the last as well), norm and head to the last.
+    As transformers divides. Tensor parallel: what the plan names is divided, everything else lies in every process.
+    Pipeline parallel: equal numbers of layers, the remainder to the last process; the embedding to the first (if tied,
+    also to the last), norm and head to the last.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -160,12 +161,12 @@ def is_lost(error: Exception) -> bool:
 
 
 def check_devices():
-    """Raise in every process of a machine that has fewer devices than processes.
+    """Check, in every process, that the machine has a device for each of its processes.
 
-    An error that some meet alone, before they have joined, would leave the others waiting for them.
+    An error in some processes alone, before they have joined, would leave the others waiting.
 
     Raises:
-        UserError: with both numbers.
+        UserError: it has fewer.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1))
     if device_type() != "cpu" and processes > (devices := torch.accelerator.device_count()):
@@ -173,7 +174,7 @@ def check_devices():
 
 
 def bind_device() -> str:
-    """Give this process the device of its number on this machine, and return what exchanges run over."""
+    """Give this process the device of its local rank, and return the backend for exchanges."""
     kind = device_type()
     if kind == "cpu":
         return "gloo"
@@ -191,10 +192,10 @@ def local_rank() -> int:
 
 
 def number_own_layers(model: PreTrainedModel):
-    """Number the layers that a pipeline's process holds from 0, as they stand in its cache.
+    """Number the layers that a process of a pipeline holds from 0, as in its cache.
 
-    The library keeps their numbers in the whole model, and takes the length of the text so far from the first layer of
-    the cache: past the first process that is empty, so that masks and positions would be those of a new text.
+    The library keeps their numbers in the whole model, but reads the length of the text so far from the cache's first
+    layer. In all processes but the first that layer would be empty, with the masks and positions of a new text.
     """
     attentions = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "q_proj")]
     for number, attention in enumerate(attentions):

@@ -1,4 +1,4 @@
-"""Which layer goes to which device, worked out from sizes alone as the library would, before anything is loaded."""
+"""Plan which layer goes to which device, from sizes alone and as the library would, before anything is loaded."""
 
 import contextlib
 import json
@@ -28,12 +28,12 @@ from . import DEVICE_MAPS
 
 @dataclass
 class Placement:
-    """Say where every module of a model goes; a decoder layer is never divided. Sizes in bytes, of weights alone."""
+    """Where every module of a model goes; a decoder layer is never divided. Sizes are bytes of weights alone."""
 
     device_map: dict[str, int | str]  # module -> number of a GPU, "cpu" or "disk"
-    module_bytes: dict[str, int]  # the same modules; a tied weight counts where it comes first
+    module_bytes: dict[str, int]  # module -> bytes; a tied weight counts where it comes first
     device_bytes: dict[str, int]
-    max_memory: dict[str, int]  # what each device may take, as it was given, or what was free
+    max_memory: dict[str, int]  # the most that each device may take: as given, or what was free
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -69,13 +69,13 @@ def place(
     """Work out a device map for a model of this configuration, as `from_pretrained` would.
 
     Args:
-        device_map: how GPUs are filled: "auto" and "balanced" evenly, "balanced_low_0" sparing the first, "sequential"
-            one after another.
+        device_map: "auto" and "balanced" fill GPUs evenly, "balanced_low_0" spares the first, "sequential" fills one
+            after another.
         max_memory: bytes, or a text such as "2GiB", by device (0, 1, ... and "cpu"); what is free, if omitted.
-        offload_folder: where weights may go that fit nowhere else.
+        offload_folder: folder for weights that fit nowhere else.
 
     Raises:
-        UserError: there is no such way, the memory is said wrongly, or is too little everywhere.
+        UserError: the device map or a size is unknown, or the weights do not fit.
     """
     if device_map not in DEVICE_MAPS:
         raise UserError(f"--device-map must be one of {DEVICE_MAPS}, got {device_map!r}")
@@ -101,14 +101,14 @@ def place(
 
 
 def place_checkpoint(path, rope_factor: float | None, device_map: str, max_memory: dict | None) -> Placement:
-    """Work out a device map for a checkpoint of either format; what fits nowhere is planned for the disk."""
+    """Work out a device map for a checkpoint of any format; weights that fit nowhere are planned for the disk."""
     with described(path) as folder:
         config, stored = config_and_dtype(open_checkpoint(folder, rope_factor))
     return place(config, stored, device_map, max_memory, Path())
 
 
 def config_and_dtype(checkpoint: Checkpoint) -> tuple[PretrainedConfig, torch.dtype]:
-    """Return configuration and type with which a checkpoint is loaded: what its folder says, or ours for Meta's.
+    """Return the configuration and type that a checkpoint is loaded with: its folder's own, or ours for Meta's format.
 
     Raises:
         UserError: the library does not take the configuration.
@@ -118,7 +118,7 @@ def config_and_dtype(checkpoint: Checkpoint) -> tuple[PretrainedConfig, torch.dt
         return Llama3Config.from_dict(checkpoint.config), stored
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    except Exception as error:  # the library raises what it likes
+    except Exception as error:  # the library raises many kinds
         reason = f"{type(error).__name__}: {words_of(error)}"
         raise UserError(f"{checkpoint.path}/config.json cannot be loaded ({reason}); mend it") from error
     return config, config.dtype or stored
@@ -128,7 +128,7 @@ def read_memory(given: dict | str | None) -> dict | None:
     """Turn sizes by device, or a JSON text of them, into bytes by device.
 
     Raises:
-        UserError: it is not such a thing.
+        UserError: it is neither.
     """
     wanted = f"--max-memory must be sizes by device, as '{json.dumps({'0': '20GiB', 'cpu': '60GiB'})}', got {given!r}"
     try:
@@ -149,7 +149,7 @@ def read_memory(given: dict | str | None) -> dict | None:
 
 
 def sizes_of(model, device_map: dict) -> dict[str, int]:
-    """Return the bytes of the parameters of every entry of a device map, a tied weight where it comes first."""
+    """Return the bytes of parameters of every module in a device map; a tied weight counts where it comes first."""
     sizes = Counter(dict.fromkeys(device_map, 0))
     for name, parameter in model.named_parameters():
         owner = next(prefix for prefix in device_map if not prefix or f"{name}.".startswith(f"{prefix}."))
@@ -158,10 +158,10 @@ def sizes_of(model, device_map: dict) -> dict[str, int]:
 
 
 def check_room(placement: Placement, model, offload_folder: Path | None):
-    """Raise where a plan cannot be carried out.
+    """Check that the devices have room for a plan.
 
     Raises:
-        UserError: with what is needed and what there is.
+        UserError: they do not.
     """
     total, on_disk = sum(placement.device_bytes.values()), placement.device_bytes.get("disk", 0)
     there = ", ".join(f"{size} on {device}" for device, size in placement.max_memory.items())
@@ -183,10 +183,10 @@ def device_name(device) -> str:
 
 
 def check_here(placement: Placement, offload_folder: Path | None):
-    """Raise unless this machine has the devices of a plan; and the room on disk, where `offload_folder` is written.
+    """Check that this machine has the devices of a plan and, for an `offload_folder`, the room on disk.
 
     Raises:
-        UserError: with what is needed and what there is.
+        UserError: it does not.
     """
     gpus = torch.accelerator.device_count()
     for device in placement.device_map.values():
@@ -201,7 +201,7 @@ def check_here(placement: Placement, offload_folder: Path | None):
 
 @contextlib.contextmanager
 def offload_into(folder: Path | None) -> Iterator[Path | None]:
-    """Make a folder of this run's own in `folder`, so that nothing old is ever read there, and remove it afterwards.
+    """Make a new folder in `folder`, so that nothing old is ever read, and remove it afterwards.
 
     Raises:
         UserError: it cannot be made.
@@ -217,7 +217,7 @@ def offload_into(folder: Path | None) -> Iterator[Path | None]:
 
 
 def plot_placement(placement: Placement, path: Path) -> str | None:
-    """Draw what lies on each device beside what it may take; return a note where matplotlib is missing, instead.
+    """Draw the bytes on each device and its limit; where matplotlib is missing, return a note instead.
 
     Raises:
         UserError: the picture cannot be written.

@@ -1,1 +1,1 @@
-"""What everybody stands on: folders that are whole or absent, JSON, hashes, progress, pictures."""
+"""The ground floor: folders that are whole or absent, JSON, hashes, progress, pictures."""

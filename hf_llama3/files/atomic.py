@@ -1,8 +1,8 @@
-"""A target that is whole or not there: written beside its place, by one run at a time, and put there in one step.
+"""A target that is whole or absent: it is written beside its place by one run at a time, and moved there in one step.
 
-Everything goes into `TARGET.partial`, every file as `NAME.partial` until it is synced to disk. A marker in that folder
-says that it is this package's and not finished; the same command finds in it what an interrupted run has done. What
-carries no marker was made by somebody else, and is not touched.
+Everything is written into `TARGET.partial`, each file as `NAME.partial` until it is synced to disk. A marker in that
+folder says that it belongs to this package and is unfinished; the same command resumes from it. A folder without a
+marker was made by somebody else, and is never touched.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from hf_llama3.errors import UserError
 
 from .locking import hold, locked
 
-# One of them tells a checkpoint: they are written last, and a folder that has none is not replaced.
+# A checkpoint has one of them. They are written last, and a folder that has none is not replaced.
 SIGNS = ("config.json", "params.json")
 MARKER = ".unfinished-by-hf-llama3"
-REPLACED = "replaced"  # what the old target is called in the folder where it waits to be removed
+REPLACED = "replaced"  # the old target's name in the folder where it waits to be removed
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100  # linux/fcntl.h: names are relative to the working directory
 
@@ -51,12 +51,12 @@ def check_target(source: Path, target: Path, needed: int, overwrite: bool) -> in
 
 
 def is_taken(target: Path) -> bool:
-    """Tell whether anything stands there but an empty folder."""
+    """Tell whether a path is taken: anything is there but an empty folder."""
     return target.exists() and not (target.is_dir() and not any(target.iterdir()))
 
 
 def parent_of(target: Path) -> Path:
-    """Return the nearest folder above that exists.
+    """Return the nearest parent folder that exists.
 
     Raises:
         UserError: it is a file.
@@ -69,7 +69,7 @@ def parent_of(target: Path) -> Path:
 
 @contextlib.contextmanager
 def staging(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Open the folder that will become `target`, alone; at the end of the block it takes the target's place.
+    """Open the folder that becomes `target` at the end of the block; one run at a time can.
 
     Raises:
         UserError: another run has it, it is not one of ours, the target is taken, or the system refuses.
@@ -80,7 +80,7 @@ def staging(target: Path, overwrite: bool = False) -> Iterator[Path]:
             raise in_the_way(folder)
         with locked(folder, target):
             recover(folder, target)
-            if is_taken(target) and not overwrite:  # another run may have made it since it was looked for
+            if is_taken(target) and not overwrite:  # another run may have made it since the check
                 raise UserError(f"{target} already exists; choose another target or add --overwrite")
             if is_taken(target):
                 make_free(replaced_by(target))
@@ -92,7 +92,7 @@ def staging(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def system_errors(place: Path, remedy: str = "mend that and run the same again"):
-    """Turn what the system refuses into a sentence; what was finished stays for the next run."""
+    """Turn the system's errors into a sentence; finished files stay for the next run."""
     try:
         yield
     except OSError as error:
@@ -104,14 +104,14 @@ def staging_of(target: Path) -> Path:
 
 
 def replaced_by(target: Path) -> Path:
-    """Return the folder in which an old target waits to be removed, with a marker that says which folder it is."""
+    """Return the folder in which an old target waits to be removed, beside a marker that identifies it."""
     return target.with_name(f"{target.name}.replaced-by-hf-llama3")
 
 
 def is_ours(folder: Path) -> bool:
-    """Tell whether a run may write into a folder: it is absent, empty or one that a run has left.
+    """Tell whether a run may write into a folder: it is absent, empty, or left by an earlier run.
 
-    Between the marker's end and the folder's new name its mode alone tells it, by a bit that nobody else sets there.
+    After the marker is removed and before the folder is renamed, a bit of its mode, which nobody else sets, says so.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return False
@@ -123,7 +123,7 @@ def is_marked(folder: Path) -> bool:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Tell whether a run was writing a folder, and is or was interrupted."""
+    """Tell whether a folder is the unfinished work of a run."""
     named = folder.name.endswith(".partial") and folder.is_dir()
     return (folder / MARKER).is_file() or (named and is_marked(folder))
 
@@ -133,7 +133,7 @@ def in_the_way(folder: Path) -> UserError:
 
 
 def take_place(folder: Path, target: Path):
-    """Put the finished folder in the target's place; what was there goes when the new one stands."""
+    """Move the finished folder to the target's place; the old target is removed afterwards."""
     if is_taken(target):
         replace(folder, target)
     else:
@@ -146,13 +146,13 @@ def take_place(folder: Path, target: Path):
 
 
 def replace(folder: Path, target: Path):
-    """Let the finished folder and the target change places, in one step where the system can, and remove the old."""
+    """Exchange the finished folder and the target, in one step where the system can, and remove the old target."""
     made, waiting = folder / REPLACED, replaced_by(target)
     made.mkdir()
     write_file(made / MARKER, identity(target))
     made.rename(waiting)
     (folder / MARKER).unlink()
-    handle = hold(target, target)  # or another run could take it, under the other's name, for a folder left to it
+    handle = hold(target, target)  # or another run could take the renamed folder for one that it may write into
     try:
         if exchange(folder, target):
             folder.rename(waiting / REPLACED)
@@ -167,7 +167,7 @@ def replace(folder: Path, target: Path):
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two folders change their names in one step; returns False where the system cannot."""
+    """Exchange the names of two folders in one step; return False where the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):  # another system, an old C library
@@ -180,19 +180,19 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def identity(folder: Path) -> bytes:
-    """Return what tells a folder from any other, whatever its name."""
+    """Return what identifies a folder under any name."""
     status = folder.lstat()
     return f"{status.st_dev} {status.st_ino}\n".encode()
 
 
 def was_exchanged(folder: Path, target: Path) -> bool:
-    """Tell whether the old target is in the folder's place, where a run leaves it that is killed after the exchange."""
+    """Tell whether `TARGET.partial` is the old target: a run was killed right after the exchange."""
     marker = replaced_by(target) / MARKER
     return marker.is_file() and folder.is_dir() and marker.read_bytes() == identity(folder)
 
 
 def recover(folder: Path, target: Path):
-    """Mend what a run left that was killed as it put the new folder in the old one's place."""
+    """Finish the exchange of a run that was killed during it."""
     waiting = replaced_by(target)
     if not (waiting / MARKER).is_file():
         return  # nothing, or somebody else's
@@ -204,7 +204,7 @@ def recover(folder: Path, target: Path):
 
 
 def make_free(waiting: Path):
-    """Remove an empty folder, which a run left that was killed as it removed it.
+    """Remove an empty folder, left by a run that was killed as it removed one.
 
     Raises:
         UserError: there is anything else.
@@ -217,7 +217,7 @@ def make_free(waiting: Path):
 
 
 def remove_replaced(waiting: Path):
-    """Remove an old target; the marker goes last, so that the next run removes what one that is killed here leaves."""
+    """Remove an old target; the marker goes last, so that after a kill the next run goes on with it."""
     write_file(waiting / MARKER, b"hf-llama3 removes the old model here.\n")
     shutil.rmtree(waiting / REPLACED, ignore_errors=True)
     if not (waiting / REPLACED).exists():
@@ -227,26 +227,26 @@ def remove_replaced(waiting: Path):
 
 
 def clear(folder: Path, keep=()):
-    """Remove all that lies in a folder but files of some names; a link goes, and is not followed."""
+    """Remove everything in a folder but the files in `keep`; links are removed, not followed."""
     for place, folders, files in os.walk(folder, topdown=False):
         for path in (Path(place, name) for name in (*folders, *files)):
             is_plain = stat.S_ISREG(path.lstat().st_mode)
             if path.is_dir() and not path.is_symlink():
-                with contextlib.suppress(OSError):  # something in it is kept
+                with contextlib.suppress(OSError):  # it holds something that is kept
                     path.rmdir()
             elif not (is_plain and path.relative_to(folder).as_posix() in (*keep, MARKER)):
                 path.unlink()
 
 
 def files_in(folder: Path) -> dict[str, Path]:
-    """List the files of a folder and of those in it, by their names in it."""
+    """List all files below a folder, by their paths in it."""
     found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     found.pop(MARKER, None)
     return found
 
 
 def write_files(folder: Path, files: dict[str, bytes]):
-    """Write small files by their names, which may lie in a folder of their own, each whole or not at all."""
+    """Write small files by their paths in a folder, each whole or not at all."""
     for name in sorted(files, key=lambda name: name in SIGNS):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(folder / name, files[name])
@@ -254,7 +254,7 @@ def write_files(folder: Path, files: dict[str, bytes]):
 
 def write_file(path: Path, content: bytes):
     partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)  # of a run that was stopped, or somebody's link
+    partial.unlink(missing_ok=True)  # left by a run that was stopped, or somebody's link
     with open(partial, "xb") as file:
         file.write(content)
     finish(partial)

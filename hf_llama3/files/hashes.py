@@ -1,4 +1,4 @@
-"""Hashes of files: lists of them read, checked and written."""
+"""Lists of file hashes: read, checked and written."""
 
 import hashlib
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def read_sums(path: Path) -> dict[str, str]:
     """Read a list of hashes: {file name: hash}.
 
     Raises:
-        UserError: a line is none, or names a file elsewhere.
+        UserError: a line is malformed, or names a file elsewhere.
     """
     sums = {}
     for line in filter(str.strip, read_text(path, "download it again, or remove it to go without").splitlines()):
@@ -36,10 +36,10 @@ def read_sums(path: Path) -> dict[str, str]:
 
 
 def check_sums(path: Path, progress: bool = False, remedy: str = "download it again"):
-    """Raise unless every file of a list that is there has the hash that stands there.
+    """Check the hash of every file of a list that is present.
 
     Raises:
-        UserError: naming the file, with both hashes.
+        UserError: a file has another hash.
     """
     sums = {name: value for name, value in read_sums(path).items() if (path.parent / name).is_file()}
     total = sum((path.parent / name).stat().st_size for name in sums)
@@ -54,7 +54,7 @@ def check_sums(path: Path, progress: bool = False, remedy: str = "download it ag
 
 
 def hash_file(path: Path, kind: str, progress: Callable[[int], None]) -> str:
-    """Return a file's hash, "md5" or "sha256", in hexadecimal; `progress` is told of the bytes."""
+    """Return a file's hash, "md5" or "sha256", in hexadecimal; `progress` gets the number of bytes read."""
     digest, buffer = hashlib.new(kind, usedforsecurity=False), bytearray(READ_BYTES)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):

@@ -1,4 +1,4 @@
-"""JSON objects, read strictly and within bounds, and written as people read them."""
+"""JSON objects: read strictly and within bounds, written readably."""
 
 import collections
 import json
@@ -21,7 +21,7 @@ def read_json(path: Path) -> dict:
     """Read a JSON object, strictly: no NaN or infinity, no key twice, no number or nesting that no tool writes.
 
     Raises:
-        UserError: it cannot be read, is none, or is what a failed download leaves under that name.
+        UserError: it cannot be read, is no JSON object, or is the page or pointer that a failed download leaves.
     """
     content = read_file(path)
     try:
@@ -39,7 +39,7 @@ def parse_json(content: bytes):
     Raises:
         ValueError: in one short sentence, whatever is wrong.
     """
-    structure = b"".join(content.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])  # without its texts
+    structure = b"".join(content.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])  # outside of texts
     items = sum(structure.count(sign) for sign in (b",", b"{", b"["))
     if items > MAX_ITEMS:
         raise ValueError(f"it must hold at most {MAX_ITEMS} values, got {items}")
@@ -90,7 +90,7 @@ def refuse_duplicates(pairs):
 
 
 def refuse_half_characters(value):
-    """Raise where a text holds half of a UTF-16 pair: it could not be written again."""
+    """Refuse a lone UTF-16 surrogate, which could not be written again."""
     waiting = [value]
     while waiting:
         item = waiting.pop()

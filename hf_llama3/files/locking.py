@@ -16,10 +16,10 @@ except ImportError:  # another system
 
 @contextlib.contextmanager
 def locked(folder: Path, target: Path):
-    """Hold the folder in which `target` is made, which is itself made where it is absent and removed if left empty.
+    """Lock the folder in which `target` is made; it is made if absent, and removed if left empty.
 
-    The lock is one of the folder itself: it goes where the folder goes, nothing lies beside it, and it ends with the
-    process. Where a system or a file system locks no folders, a file beside it stands for the lock.
+    The lock is on the folder itself: it moves with the folder, leaves no file behind, and ends with the process. Where
+    the file system cannot lock folders, a lock file beside it is used.
 
     Raises:
         UserError: another run holds it.
@@ -36,7 +36,7 @@ def locked(folder: Path, target: Path):
             yield
         finally:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # it is not empty, or has another name
+                folder.rmdir()  # it is not empty, or was renamed
 
 
 def hold(folder: Path, target: Path, make: bool = False) -> int | None:
@@ -52,7 +52,7 @@ def hold(folder: Path, target: Path, make: bool = False) -> int | None:
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             if make:
-                continue  # another run was refused, and removed the folder that it had made
+                continue  # another run was refused and removed the folder, which it had made
             raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,12 +64,12 @@ def hold(folder: Path, target: Path, make: bool = False) -> int | None:
         except OSError:  # NFS locks only what is open for writing, others lock nothing
             os.close(handle)
             return None
-        os.close(handle)  # another run was ready and gave it another name
+        os.close(handle)  # another run has finished and renamed it
     return None
 
 
 def is_same(status: os.stat_result, path: Path) -> bool:
-    """Tell whether what was opened still stands under its name."""
+    """Tell whether the opened folder still has its name."""
     try:
         return os.path.samestat(status, path.stat(follow_symlinks=False))
     except FileNotFoundError:
@@ -78,7 +78,7 @@ def is_same(status: os.stat_result, path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked_by_file(path: Path, target: Path):
-    """Hold a lock by a file, which is removed at the end."""
+    """Hold a lock file, which is removed at the end."""
     lock = FileLock(path)
     try:
         try:

@@ -10,11 +10,11 @@ from .atomic import system_errors
 def draw_bars(
     bars: dict[str, list[float]], label: str, path: Path, limits: dict[str, float] | None = None
 ) -> str | None:
-    """Draw a bar of stripes for each name; return a note where matplotlib is missing, instead.
+    """Draw a stacked bar for each name; where matplotlib is missing, return a note instead.
 
     Args:
-        label: of the axis along which the bars lie.
-        limits: of bars that have one; a red line.
+        label: label of the axis along the bars.
+        limits: a red line for each bar that has a limit.
 
     Raises:
         UserError: the picture cannot be written.
@@ -26,7 +26,7 @@ def draw_bars(
     figure = Figure(figsize=(8, 1.2 + 0.6 * len(bars)), layout="constrained")
     axes, colours = figure.subplots(), ("tab:blue", "tab:cyan")
     for row, (name, stripes) in enumerate(bars.items()):
-        axes.barh(name, filled := 0)  # so that there is a row without a stripe as well
+        axes.barh(name, filled := 0)  # so that a name without stripes has a row, too
         for index, width in enumerate(stripes):
             axes.barh(name, width, left=filled, color=colours[index % 2])
             filled += width
@@ -44,7 +44,7 @@ def draw_bars(
 
 
 def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> str | None:
-    """Draw losses in nats per token over steps; return a note where matplotlib is missing, instead."""
+    """Draw losses in nats per token over steps; where matplotlib is missing, return a note instead."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""Progress bars on standard error, which may refuse to be written without harm to the work."""
+"""Progress bars on standard error; an error while writing them never stops the work."""
 
 import sys
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 class Quiet:
-    """Pass a text on to a stream until that refuses one; what comes after is dropped."""
+    """A stream that drops all text after its first error."""
 
     def __init__(self, stream):
         self.stream, self.refused = stream, False
@@ -22,7 +22,7 @@ class Quiet:
         if not self.refused:
             try:
                 act(*arguments)
-            except (OSError, ValueError, AttributeError):  # a full disk, a reader that is gone, no stream
+            except (OSError, ValueError, AttributeError):  # a full disk, a closed pipe, no stream at all
                 self.refused = True
 
     def __getattr__(self, name):
@@ -30,7 +30,7 @@ class Quiet:
 
 
 def bar(**options) -> tqdm:
-    """Return a bar as tqdm makes it; a bar that raised would keep tqdm's lock, and the next would wait for ever."""
+    """Return a tqdm bar that never raises: an error would keep tqdm's lock, and the next bar would hang."""
     return tqdm(file=Quiet(sys.stderr), **options)
 
 

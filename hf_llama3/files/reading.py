@@ -1,4 +1,4 @@
-"""Small files, read whole: only what is a file, and no more of it than such a file can be."""
+"""Small files, read whole: regular files only, and none larger than its kind can be."""
 
 import os
 import stat
@@ -40,11 +40,11 @@ def read_file(path: Path) -> bytes:
     """Read a small file whole.
 
     Raises:
-        UserError: it cannot be read, is something else, or is larger than `MAX_BYTES` says.
+        UserError: it cannot be read, is no regular file, or is larger than `MAX_BYTES` allows.
     """
     limit = max_bytes(path)
     try:
-        # Without blocking, or a pipe would be waited for.
+        # Without blocking: opening a pipe would wait for its writer.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(handle, "rb") as file:
             status = os.fstat(handle)
@@ -62,7 +62,7 @@ def read_file(path: Path) -> bytes:
 
 
 def read_text(path: Path, remedy: str) -> str:
-    """Read a small file of text in UTF-8, as `read_file` does; `remedy` says what to do where it is none."""
+    """Read a small file of text in UTF-8, as `read_file` does; `remedy` says what to do if it is not."""
     try:
         return read_file(path).decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -70,10 +70,10 @@ def read_text(path: Path, remedy: str) -> str:
 
 
 def check_file(path: Path):
-    """Raise where another program that is to read a small file would wait for ever, or fill the memory.
+    """Check a small file that a library is going to read.
 
     Raises:
-        UserError: it is no file, or larger than `MAX_BYTES` says.
+        UserError: it is no regular file, or larger than `MAX_BYTES` allows.
     """
     require_file(path)
     if path.exists() and (size := path.stat().st_size) > (limit := max_bytes(path)):
@@ -81,7 +81,7 @@ def check_file(path: Path):
 
 
 def require_file(path: Path):
-    """Raise if something else stands under the name: a pipe would be read for ever."""
+    """Refuse what is no regular file: reading a pipe would never end."""
     if path.exists() and not path.is_file():
         raise UserError(not_a_file(path))
 
@@ -91,7 +91,7 @@ def not_a_file(path: Path) -> str:
 
 
 def leads_outside(folder: Path, path: Path) -> Path | None:
-    """Return where a file of a folder lies if that is outside of it, and of the Hub's cache where the folder is there.
+    """Return where a link leads if that is outside of its folder (and of the Hub's cache, for a folder in it).
 
     The cache's folders of a commit, `models--OWNER--NAME/snapshots/COMMIT`, hold links into `blobs` beside them.
     """
@@ -102,10 +102,10 @@ def leads_outside(folder: Path, path: Path) -> Path | None:
 
 
 def refuse_links(folder: Path, paths):
-    """Raise if a file that would be copied lies outside of its folder: it may be anybody's.
+    """Refuse to copy a file through a link that leads outside of its folder.
 
     Raises:
-        UserError: naming it.
+        UserError: there is one.
     """
     for path in paths:
         if path.is_file() and (place := leads_outside(folder, path)):
@@ -113,7 +113,7 @@ def refuse_links(folder: Path, paths):
 
 
 def what_became_of(path: Path) -> str | None:
-    """Recognise what stands in place of a file whose download failed; None if it is nothing of the kind."""
+    """Recognise what a failed download leaves in place of a file; None for anything else."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a JSON file may hold: a rule for each key, all of them checked when the file is read.
+"""What a JSON file may hold: a rule for each key, checked as soon as the file is read.
 
 Keys that no rule names are left alone: every tool adds some of its own.
 """
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from hf_llama3.errors import UserError, quoted
 
-LARGEST = 2**40  # beyond any number of a model
+LARGEST = 2**40  # larger than any number of a model
 
 
 class Rule(NamedTuple):
-    words: str  # what a value must be, for a sentence
+    words: str  # what a value must be, in the words of an error
     takes: Callable[..., bool]
 
 
@@ -23,7 +23,7 @@ def whole(least: int = 1, most: int = LARGEST) -> Rule:
 
 
 def number(least: float = 0.0, most: float = LARGEST) -> Rule:
-    """Take a number from `least` to `most`."""
+    """Accept a number from `least` to `most`."""
     return Rule(
         f"a number from {least:g} to {most:g}", lambda value: type(value) in (int, float) and least <= value <= most
     )
@@ -34,7 +34,7 @@ FLAG = Rule("true or false", lambda value: type(value) is bool)
 
 
 def text(most: int = 4096) -> Rule:
-    """Take a text of at most so many characters."""
+    """Accept a text of at most so many characters."""
     return Rule(f"a text of at most {most} characters", lambda value: isinstance(value, str) and len(value) <= most)
 
 
@@ -43,7 +43,7 @@ def either(*rules: Rule) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """Take null as well."""
+    """Accept null as well."""
     return Rule(rule.words, lambda value: value is None or rule.takes(value))
 
 
@@ -55,7 +55,7 @@ def listed(rule: Rule, most: int = 2**20) -> Rule:
 
 
 def mapped(rule: Rule, keys: Rule | None = None) -> Rule:
-    """Take an object of which every value is as `rule` says, and every key as `keys` does."""
+    """Accept an object whose values fit `rule` and whose keys fit `keys`."""
     each = f"{rule.words}" + (f" under a key that is {keys.words}" if keys else "")
     return Rule(
         f"an object, each value {each}",
@@ -68,7 +68,7 @@ def mapped(rule: Rule, keys: Rule | None = None) -> Rule:
 
 
 def fields(table: dict[str, Rule], required=()) -> Rule:
-    """Take an object whose keys are as a table says."""
+    """Accept an object that fits a table of rules."""
     words = "an object" + (f" with {', '.join(f'`{key}`' for key in required)}" if required else "")
 
     def takes(value):
@@ -83,10 +83,10 @@ OBJECT = fields({})
 
 
 def check(value: dict, table: dict[str, Rule], path: Path, required=(), remedy: str = "") -> dict:
-    """Return an object that is as a table says.
+    """Return an object that fits a table of rules.
 
     Raises:
-        UserError: naming the key, what it must be and what it is.
+        UserError: a key does not; the sentence names it, what it must be and what it is.
     """
     for key, rule in table.items():
         if key in value and not rule.takes(value[key]):

@@ -17,7 +17,7 @@ def chat(
     top_p: float = 1.0,
     seed: int = 0,
 ):
-    """Answer line after line until the input ends; Ctrl-C stops an answer, of which what was said is kept.
+    """Answer line after line until the input ends; Ctrl-C stops an answer, and the conversation keeps its beginning.
 
     Raises:
         UserError: the tokenizer has no chat template, or a number is out of its range.
@@ -51,7 +51,7 @@ def chat(
 
 
 def say(model, tokenizer, ids: list[int], max_new_tokens: int, options: dict) -> str:
-    """Print what the model answers while it comes, and return it; Ctrl-C ends it early."""
+    """Stream the model's answer to the terminal and return it; Ctrl-C ends it early."""
     answer, prompt = Answer(tokenizer), torch.tensor([ids], device=model.device)
     try:
         with torch.inference_mode():
@@ -68,7 +68,7 @@ def say(model, tokenizer, ids: list[int], max_new_tokens: int, options: dict) ->
 
 
 class Answer(TextStreamer):
-    """Print an answer while it comes, and keep it."""
+    """A streamer that prints an answer and keeps it."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

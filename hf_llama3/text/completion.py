@@ -10,13 +10,13 @@ from hf_llama3.errors import UserError, quoted
 
 from . import MAX_NEW_TOKENS
 
-PREFILL_CHUNK = 2048  # prompt tokens computed at a time: memory stays within bounds, and matrices are large enough
+PREFILL_CHUNK = 2048  # prompt tokens computed at a time: bounded memory, and matrices large enough to be fast
 
 
 @dataclass
 class Completion:
     prompt: str
-    text: str  # what was added
+    text: str  # the new tokens
     token_ids: list[int]  # of `text`
 
     def to_dict(self) -> dict:
@@ -33,7 +33,7 @@ def generate_text(
     seed: int = 0,
     stop: list[str] | None = None,
 ) -> list[Completion]:
-    """Complete each prompt; a model tuned for dialogue is given it as a user's turn.
+    """Complete each prompt; a model tuned for dialogue gets it as a user's turn.
 
     Args:
         max_new_tokens: at most, for each prompt; fewer where a stop token or a text of `stop` comes first.
@@ -41,7 +41,7 @@ def generate_text(
         top_p: sample from the likeliest tokens that make up this share of the probability.
 
     Raises:
-        UserError: a number out of its range, or a prompt and the new tokens do not fit the context window.
+        UserError: a number is out of its range, or a prompt and its new tokens do not fit the context window.
     """
     check_sampling(max_new_tokens, temperature, top_p, seed)
     if not prompts:
@@ -55,7 +55,7 @@ def generate_text(
 def generate_rows(
     model, tokenizer, prompts, rows, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop
 ) -> list[Completion]:
-    """Do what `generate_text` does for prompts that are checked, and tokenised to `rows`."""
+    """Complete prompts that are checked already and tokenised to `rows`; see `generate_text`."""
     longest = max(map(len, rows))
     options = generation_options(model, tokenizer, temperature, top_p)
     stop_texts = StopTexts(tokenizer, stop)
@@ -93,10 +93,10 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: 
 
 
 def check_lengths(model, prompt_tokens: int, new_tokens: int):
-    """Refuse, before any work, a prompt that is empty or has no room in the model's context.
+    """Check, before any work, that no prompt is empty and each fits the context window with its new tokens.
 
     Raises:
-        UserError: it has none.
+        UserError: one is empty or does not fit.
     """
     window = model.config.max_position_embeddings
     if prompt_tokens + new_tokens > window:
@@ -109,10 +109,10 @@ def check_lengths(model, prompt_tokens: int, new_tokens: int):
 
 
 def check_rows(model, tokenizer, rows: list[list[int]]):
-    """Refuse a token that the model's embedding has no row for.
+    """Check that the model's embedding has a row for every token.
 
     Raises:
-        UserError: naming it.
+        UserError: a token has none.
     """
     largest, limit = max(max(row, default=0) for row in rows), model.config.vocab_size
     if largest >= limit:
@@ -124,10 +124,10 @@ def check_rows(model, tokenizer, rows: list[list[int]]):
 
 
 def generation_options(model, tokenizer, temperature: float, top_p: float) -> dict:
-    """Return what `model.generate` is told about sampling and padding; temperature 0 takes the likeliest token."""
+    """Return the options of `model.generate` for sampling and padding; temperature 0 is greedy."""
     stops = stop_tokens(model)
     padding = tokenizer.pad_token_id
-    if padding is None or padding >= model.config.vocab_size:  # without a row, and masked all the same
+    if padding is None or padding >= model.config.vocab_size:  # it has no row, and is masked anyway
         padding = stops[0] if stops else 0
     if not temperature:
         return {"pad_token_id": padding, "do_sample": False}
@@ -135,17 +135,17 @@ def generation_options(model, tokenizer, temperature: float, top_p: float) -> di
 
 
 class StopTexts(StoppingCriteria):
-    """Stop a row at any of some texts and keep where: what `generate` adds until the longest row ends may be any token.
+    """Stop a row at the first of some texts and remember its end: `generate` fills the row until the longest has ended.
 
     Raises:
-        UserError: in `__init__`, where the library cannot tell what the tokenizer's tokens spell.
+        UserError: in `__init__`, the library cannot tell what the tokenizer's tokens spell.
     """
 
     def __init__(self, tokenizer, texts: list[str] | None):
-        self.ends = {}  # row -> its tokens, prompt and all
+        self.ends = {}  # row -> its tokens, prompt included
         try:
             self.criterion = StopStringCriteria(tokenizer, texts) if texts else None
-        except ValueError as error:  # it looks for Latin letters in what it decodes
+        except ValueError as error:  # the library expects Latin letters in what it decodes
             kind = type(tokenizer).__name__
             raise UserError(
                 f"--stop needs a tokenizer that spells Latin letters, got {kind} without; leave it out"
@@ -169,7 +169,7 @@ def check_range(name: str, value: float, smallest: float, largest: float):
 
 
 def input_device(model) -> torch.device:
-    """Return where prompts go: offloaded weights are on no device until it is their turn."""
+    """Return the device for prompts: that of the first weight which is not offloaded."""
     if model.device.type != "meta":
         return model.device
     gpus = [device for device in model.hf_device_map.values() if isinstance(device, int)]
@@ -177,7 +177,7 @@ def input_device(model) -> torch.device:
 
 
 def pad_left(rows: list[list[int]], padding: int, device) -> dict[str, torch.Tensor]:
-    """Bring prompts to one length, so that each ends where its completion begins."""
+    """Pad prompts on the left to one length, so that all completions begin at the same place."""
     longest = max(map(len, rows))
     ids = [[padding] * (longest - len(row)) + row for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]

@@ -1,4 +1,4 @@
-"""A model and its tokenizer, in any of the formats that this package knows, on one device or several."""
+"""Load a model and its tokenizer from any format that this package reads, on one device or several."""
 
 import contextlib
 from pathlib import Path
@@ -37,16 +37,16 @@ def load_model(
     offload_folder: Path | None = None,
     group: Group = Group(),  # noqa: B008
 ):
-    """Load a model and its tokenizer from a local folder of either format, or by its name on the Hub.
+    """Load a model and its tokenizer from a local folder of any format, or by its name on the Hub.
 
     Args:
-        fast: optimise the model, as `quantize` ("int8", "int4") and `compile` do besides what they say.
-        device_map: divide the layers among devices, as `placement.place` describes, `max_memory` and `offload_folder`.
-        group: the processes that generate together, of which this one loads its part.
+        fast: optimise the model; `quantize` ("int8", "int4") and `compile` imply it.
+        device_map: divide the layers among devices; for it, `max_memory` and `offload_folder` see `placement.place`.
+        group: the processes that generate together; this one loads its part.
 
     Raises:
         UserError: the folder holds no whole checkpoint or no tokenizer, the name is unknown, or the model cannot be
-            divided so.
+            divided as asked.
     """
     if quantize not in (None, *QUANTIZATIONS):
         raise UserError(f"--quantize must be one of {QUANTIZATIONS}, got {quantize!r}")
@@ -77,8 +77,8 @@ def load_model(
 
 
 def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max_memory, offload_folder, group: Group):
-    """Do the part of `load_model` that reads files: what can be refused, then the weights."""
-    checkpoint = open_checkpoint(name, rope_factor)  # reads no tensor, and its errors are sentences
+    """Read the files for `load_model`: first all that can be refused, then the weights."""
+    checkpoint = open_checkpoint(name, rope_factor)  # opening reads no tensor, and its errors are sentences
     checkpoint.require_language_model()
     if checkpoint.tokenizer is None:
         raise UserError(f"{checkpoint.path} holds no tokenizer, without which there is no text; add its files")
@@ -89,7 +89,7 @@ def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max
     if device_map is not None:
         kind = stored if dtype == "auto" else getattr(torch, dtype)
         placement = place(config, kind, device_map, max_memory, offload_folder)
-        check_here(placement, None if as_is else offload_folder)  # safetensors are read where they are
+        check_here(placement, None if as_is else offload_folder)  # safetensors are read where they lie
         where = {"device_map": placement.device_map, "offload_folder": offload_folder}
     if as_is:
         return read_folder(name, dtype, where)
@@ -100,7 +100,7 @@ def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max
 
 
 def is_packed_folder(name: str) -> bool:
-    """Tell whether `hf-llama3 pack` made a folder; whether it is whole is not looked at."""
+    """Tell whether `hf-llama3 pack` made a folder, without a check that it is whole."""
     path = Path(name) / "config.json"
     return path.is_file() and not is_unfinished(Path(name)) and is_packed(read_json(path))
 
@@ -117,7 +117,7 @@ def read_folder(name: str, dtype: str, where: dict):
 
 
 def read_tokenizer(name: str, config: PretrainedConfig | None = None):
-    """Load a folder's tokenizer; `config` where the library does not take the folder's."""
+    """Load a folder's tokenizer; `config` replaces a configuration that the library does not take."""
     if (path := Path(name) / "tokenizer.json").is_file():
         read_tokenizer_file(path)
     with library_errors(f"the tokenizer of {name} cannot be loaded", "write it again"):
@@ -126,7 +126,7 @@ def read_tokenizer(name: str, config: PretrainedConfig | None = None):
 
 @contextlib.contextmanager
 def loading(name: str):
-    """Turn what the library says of a name or a folder into a sentence."""
+    """Turn the library's errors about a name or a folder into a sentence."""
     try:
         yield
     except UserError:

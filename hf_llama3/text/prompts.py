@@ -1,4 +1,4 @@
-"""Prompts of any number, completed a few at a time, in the order of the file, gone on with after an interruption."""
+"""Complete any number of prompts in batches, in the order of the file, and resume after an interruption."""
 
 import itertools
 import json
@@ -20,8 +20,8 @@ from hf_llama3.files.progress import bar
 from .completion import Completion, check_lengths, check_rows, check_sampling, generate_rows, tokenize
 
 SETTINGS_FILE, LINES_FILE = "settings.json", "completions.jsonl"
-BATCHES_AT_A_TIME = 4  # for each process: among so many prompts those of like length are put together
-LINES_AT_A_TIME = 1024  # whose lengths are looked at together
+BATCHES_AT_A_TIME = 4  # batches for each process, among which prompts of similar length are put together
+LINES_AT_A_TIME = 1024  # prompts whose lengths are checked together
 
 
 @dataclass
@@ -40,11 +40,11 @@ def complete(
 ) -> Iterator[Completion]:
     """Yield the completions of prompts, or of each line of a file, in their order.
 
-    Every process calls this; the first one is given all completions, the others none. Which prompts stand in a batch
-    together, and so what is sampled, depends on how many processes there are.
+    Every process calls this; the first one gets all completions, the others none. The number of processes decides
+    which prompts share a batch, and so what is sampled.
 
     Raises:
-        UserError: a prompt does not fit, before any is completed, or a number is out of its range.
+        UserError: a number is out of its range, or a prompt does not fit; no prompt is then completed.
     """
     total = check_prompts(model, tokenizer, prompts, job, batch_size, group)
     return complete_from(0, total, model, tokenizer, prompts, job, batch_size, group, progress)
@@ -53,7 +53,7 @@ def complete(
 def complete_from(
     first: int, total: int, model, tokenizer, prompts, job: Job, batch_size: int, group: Group, progress: bool
 ) -> Iterator[Completion]:
-    """Do what `complete` does for checked prompts from number `first` on."""
+    """Complete prompts that are checked already, from number `first` on; see `complete`."""
     lines = itertools.islice(enumerate(read_prompts(prompts)), first, None)
     hidden = not progress or not group.is_first or total == 1
     with bar(total=total, initial=first, desc="generating", unit="prompt", disable=hidden) as shown:
@@ -65,16 +65,16 @@ def complete_from(
 
 
 def complete_share(model, tokenizer, block, job: Job, batch_size: int, group: Group) -> list[tuple[int, Completion]]:
-    """Complete this process's share of numbered prompts: batches of like length, the longest dealt out first."""
+    """Complete this process's share of a block of prompts, in batches of similar length, the longest first."""
     rows = tokenize(tokenizer, [prompt for _, prompt in block])
     tokenized = [(number, prompt, row) for (number, prompt), row in zip(block, rows, strict=True)]
     ordered = sorted(tokenized, key=lambda entry: (-len(entry[2]), entry[0]))
-    size = min(batch_size, -(-len(block) // group.shares))  # of few prompts everyone gets some
+    size = min(batch_size, -(-len(block) // group.shares))  # so that every process gets some of few prompts
     batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     found = []
     for batch in batches[group.share :: group.shares]:
         numbers, texts, rows = zip(*batch, strict=True)
-        seed = (job.seed + min(numbers)) % 2**32  # or every batch would be sampled by the same chances
+        seed = (job.seed + min(numbers)) % 2**32  # or every batch would draw the same random numbers
         try:
             completions = generate_rows(
                 model, tokenizer, texts, rows, job.max_new_tokens, job.temperature, job.top_p, seed, job.stop
@@ -89,19 +89,19 @@ def complete_share(model, tokenizer, block, job: Job, batch_size: int, group: Gr
 def complete_into(
     output: Path, model, tokenizer, prompts: list[str] | Path, job: Job, batch_size: int, group: Group, progress: bool
 ) -> dict:
-    """Write the completions as lines of JSON; what an interrupted run of the same wrote is gone on with.
+    """Write the completions as lines of JSON; the same call resumes an interrupted run.
 
-    The lines stand in `OUTPUT.partial/` until the last is there. Returns what to report: file, prompts, and how many
-    of them an earlier run had completed.
+    The lines are kept in `OUTPUT.partial/` until the last one is written. Returns a report: the file, the number of
+    prompts, and how many an earlier run had completed.
 
     Raises:
-        UserError: the output exists, was begun with something else, is being written by another run or cannot be; and
-            as `complete` does.
+        UserError: the output exists, was begun with other settings, is being written by another run or cannot be
+            written; and as `complete` does.
     """
     total = check_prompts(model, tokenizer, prompts, job, batch_size, group)
     how = (model, tokenizer, prompts, job, batch_size, group, progress)
     if not group.is_first:
-        list(complete_from(group.share_out(None), total, *how))  # none: the first process has them
+        list(complete_from(group.share_out(None), total, *how))  # the first process has them
         return {}
     folder = output.with_name(f"{output.name}.partial")
     with system_errors(folder), locked(folder, output):
@@ -119,10 +119,10 @@ def complete_into(
 
 
 def check_paths(prompts: Path | None, output: Path | None):
-    """Refuse, before a model is loaded, what no model will mend.
+    """Check the paths before a model is loaded.
 
     Raises:
-        UserError: the prompts are no file, which is read more than once, or the output exists.
+        UserError: the prompts are not a regular file (it is read more than once), or the output exists.
     """
     if prompts is not None and not prompts.is_file():
         what = "a folder or a pipe" if prompts.exists() else "nothing"
@@ -132,7 +132,7 @@ def check_paths(prompts: Path | None, output: Path | None):
 
 
 def describe(model, prompts: list[str] | Path, job: Job) -> dict:
-    """Say what completions follow from."""
+    """Return all settings that decide what the completions are."""
     sha256 = hash_file(prompts, "sha256", lambda count: None) if isinstance(prompts, Path) else None
     text = None if isinstance(prompts, Path) else prompts
     name, rope = str(Path(model.name_or_path).resolve()), model.config.rope_parameters
@@ -141,14 +141,14 @@ def describe(model, prompts: list[str] | Path, job: Job) -> dict:
 
 
 def begin(folder: Path, settings: dict) -> int:
-    """Begin in the empty folder of a run, or go on with what is in it; return how many completions there are.
+    """Begin a run in its empty folder, or resume the one in it; return how many completions it has.
 
     Raises:
-        UserError: what is in it was begun with other settings, or by somebody else.
+        UserError: the run was begun with other settings, or the folder is not one of ours.
     """
     settings_file, first_part = folder / SETTINGS_FILE, folder / f"{SETTINGS_FILE}.partial"
     found = set(folder.iterdir())
-    known = {settings_file, folder / LINES_FILE} if settings_file in found else {first_part}  # stopped as it began
+    known = {settings_file, folder / LINES_FILE} if settings_file in found else {first_part}  # stopped at once
     if not found <= {first_part, *known} or not all(path.is_file() and not path.is_symlink() for path in found):
         raise in_the_way(folder)
     if settings_file not in found:
@@ -173,7 +173,7 @@ def drop_torn_line(path: Path) -> int:
 
 
 def check_prompts(model, tokenizer, prompts, job: Job, batch_size: int, group: Group) -> int:
-    """Raise unless numbers are in their ranges and every prompt fits, and return how many there are, to all."""
+    """Check the numbers and that every prompt fits; return the number of prompts in every process."""
     check_sampling(job.max_new_tokens, job.temperature, job.top_p, job.seed)
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {batch_size}")
@@ -181,7 +181,7 @@ def check_prompts(model, tokenizer, prompts, job: Job, batch_size: int, group: G
 
 
 def count_prompts(model, tokenizer, prompts: list[str] | Path, job: Job) -> int:
-    """Return how many prompts there are, of which each fits."""
+    """Count the prompts, and check that each fits."""
     lines, total = read_prompts(prompts), 0
     while some := list(itertools.islice(lines, LINES_AT_A_TIME)):
         rows = tokenize(tokenizer, some)

@@ -74,7 +74,7 @@ def test_the_step_is_compiled(compiled):
     """All but the prompt's pass goes through the operator that compiled code calls."""
     with torch.profiler.profile() as profile:
         compiled.generate(prompts(), max_new_tokens=12, do_sample=False)
-    assert sum(event.name == "hf_llama3::packed_linear" for event in profile.events()) == 11 * 15
+    assert sum(event.name == "hf_llama3::kernel_linear" for event in profile.events()) == 11 * 15
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_llama3.cpu import decode_attention as hook
 from hf_llama3.cpu import processor
-from hf_llama3.cpu.kernels import attention, linear, machine_code
+from hf_llama3.cpu.kernels import attention, kernel, machine_code
 from hf_llama3.cpu.kernels.attention import decode_attention, is_served
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -101,7 +101,7 @@ def test_steps_of_memory():
 
 def test_threads_share_the_work(monkeypatch):
     """Whoever attends to how many heads, the sums are the same to the bit."""
-    monkeypatch.setattr(linear, "SMALL", 0)
+    monkeypatch.setattr(kernel, "SMALL", 0)
     torch.manual_seed(0)
     queries, (keys, values), results = draw(2, 12, 64), cached(2, 3, 4097, 64), []
     for threads in (1, 2, 5, 9):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_llama3
 from hf_llama3.cpu import optimization, processor
-from hf_llama3.cpu.linear import PackedLinear
+from hf_llama3.cpu.linear import KernelLinear
 from hf_llama3.cpu.processor import Processor
 from hf_llama3.errors import UserError
 
@@ -32,7 +32,7 @@ def test_logits_and_greedy_tokens(model, dtype):
     theirs, plain = logits(model), generate(model)
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     assert hf_llama3.optimize(model) is model
-    assert sum(type(module) is PackedLinear for module in model.modules()) == linears == 15
+    assert sum(type(module) is KernelLinear for module in model.modules()) == linears == 15
     ours = logits(model)
     assert (ours - theirs).abs().max() <= TOLERANCES[dtype] * theirs.abs().max()
     for row, (made, its) in enumerate(zip(generate(model).sequences, plain.sequences, strict=True)):
@@ -81,7 +81,7 @@ def test_restored(model):
     before, theirs = {name: value.clone() for name, value in model.state_dict().items()}, logits(model)
     hf_llama3.optimize(model)
     assert hf_llama3.restore(model) is model and hf_llama3.restore(model) is model
-    assert not any(type(module) is PackedLinear for module in model.modules())
+    assert not any(type(module) is KernelLinear for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(logits(model), theirs)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -104,9 +104,9 @@ def test_restored_to_the_modes_it_had(model):
 
 def test_twice_and_in_another_way(model):
     theirs = logits(hf_llama3.optimize(model))
-    kernels = [module.kernel for module in model.modules() if type(module) is PackedLinear]
+    kernels = [module.kernel for module in model.modules() if type(module) is KernelLinear]
     hf_llama3.optimize(model)
-    assert [module.kernel for module in model.modules() if type(module) is PackedLinear] == kernels
+    assert [module.kernel for module in model.modules() if type(module) is KernelLinear] == kernels
     assert torch.equal(logits(model), theirs)
     hf_llama3.optimize(model, quantize="int8")
     theirs, exact = logits(model), theirs
@@ -130,7 +130,7 @@ def test_a_copy_is_as_good(model):
     assert not torch.equal(logits(model), theirs)
     assert torch.equal(logits(other), theirs)  # it has weights of its own
     hf_llama3.restore(other)
-    assert type(model.lm_head) is PackedLinear and not torch.equal(logits(model), theirs)
+    assert type(model.lm_head) is KernelLinear and not torch.equal(logits(model), theirs)
 
 
 def test_gradients_of_inputs():
@@ -233,7 +233,7 @@ def test_offload(kind, tmp_path):
         UserError, match=r"all weights must lie on one device, got cpu and disk; load .* without offload"
     ):
         hf_llama3.optimize(model)
-    assert not any(type(module) is PackedLinear for module in model.modules())
+    assert not any(type(module) is KernelLinear for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_on_a_gpu(quantizer, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hf_llama3.optimize(plain, compile=True)
-    assert not any(type(module) is PackedLinear for module in plain.modules())
+    assert not any(type(module) is KernelLinear for module in plain.modules())
 
 
 def test_nothing_is_said_where_all_is_well(model):

@@ -16,8 +16,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import hf_llama3
 from hf_llama3.cpu import packing, processor
-from hf_llama3.cpu.kernels.linear import Int4Kernel, Int8Kernel, PlainKernel
-from hf_llama3.cpu.linear import PackedLinear
+from hf_llama3.cpu.kernels.exact import ExactKernel
+from hf_llama3.cpu.kernels.int8_int4 import Int4Kernel, Int8Kernel
+from hf_llama3.cpu.linear import KernelLinear
 from hf_llama3.cpu.processor import Processor
 from hf_llama3.cpu.quantizer import PackedConfig
 from hf_llama3.distributed.parallel import Group
@@ -60,9 +61,9 @@ def test_it_is_what_optimize_makes(source, packed):
     made, loaded = hf_llama3.optimize(load(source), quantize=quantize), load(folder)
     assert torch.equal(logits(loaded), logits(made))
     assert torch.equal(loaded.generate(prompts(), max_new_tokens=10), made.generate(prompts(), max_new_tokens=10))
-    kernels = [[type(m.kernel) for m in model.modules() if type(m) is PackedLinear] for model in (made, loaded)]
+    kernels = [[type(m.kernel) for m in model.modules() if type(m) is KernelLinear] for model in (made, loaded)]
     assert kernels[0] == kernels[1] and len(kernels[1]) == 15
-    assert {None: PlainKernel, "int8": Int8Kernel, "int4": Int4Kernel}[quantize] in kernels[1]
+    assert {None: ExactKernel, "int8": Int8Kernel, "int4": Int4Kernel}[quantize] in kernels[1]
     assert loaded.optimization.quantize == quantize and not loaded.training
     assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in made.named_parameters()]
     assert loaded.num_parameters() == made.num_parameters() and not list(loaded.buffers(recurse=False))
@@ -97,7 +98,7 @@ def test_weights_stay_in_the_file(packed):
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(str(folder / "model.safetensors")):
             ranges.append([int(address, 16) for address in line.split()[0].split("-")])
-    for module in (module for module in model.modules() if type(module) is PackedLinear):
+    for module in (module for module in model.modules() if type(module) is KernelLinear):
         addresses = [tensor.data_ptr() for tensor in module.kernel.stored.values()]
         assert all(any(start <= address < end for start, end in ranges) for address in addresses)
 

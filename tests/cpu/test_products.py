@@ -7,19 +7,20 @@ import torch
 from torch import nn
 
 from hf_llama3.cpu import processor
-from hf_llama3.cpu.kernels import linear as kernels
-from hf_llama3.cpu.kernels.linear import Int4Kernel, Int8Kernel, PlainKernel
+from hf_llama3.cpu.kernels import kernel as kernels
+from hf_llama3.cpu.kernels.exact import ExactKernel
+from hf_llama3.cpu.kernels.int8_int4 import Int4Kernel, Int8Kernel
 from hf_llama3.errors import UserError
 
-KERNELS = (PlainKernel, Int8Kernel, Int4Kernel)
+KERNELS = (ExactKernel, Int8Kernel, Int4Kernel)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ROWS = (1, 2, 3, 4, 5, 8, 9, 17, 33, 80, 512)  # each side of every limit in `kernels`
+ROWS = (1, 2, 3, 4, 5, 8, 9, 17, 33, 80, 512)  # each side of every limit of the kernels
 
 
 def dequantised(kernel) -> torch.Tensor:
     """Return in float64 what a kernel's tensors stand for, by the words of `products` and no code of it."""
     outputs, inputs = kernel.shape
-    if type(kernel) is PlainKernel:
+    if type(kernel) is ExactKernel:
         return kernel.stored["weight"].double()
     if type(kernel) is Int8Kernel:
         levels, scales = kernel.stored["weight_int8"], kernel.stored["weight_scale"].double()
@@ -117,7 +118,7 @@ def test_weights_must_be_finite(kind, value, on):
 
 def test_exact_weights_stay_where_they_are():
     weight = nn.Parameter(torch.randn(64, 128))
-    kernel, x = PlainKernel(weight), torch.randn(3, 128)
+    kernel, x = ExactKernel(weight), torch.randn(3, 128)
     assert kernel.stored["weight"].data_ptr() == weight.data_ptr() and kernel.num_bytes == weight.nbytes
     with torch.no_grad():
         weight.mul_(2)
@@ -145,7 +146,7 @@ def test_threads_without_torchs_own(monkeypatch):
     monkeypatch.setattr(processor, "threads", lambda: 3)
     monkeypatch.setattr(kernels, "product", products.product.__wrapped__)
     monkeypatch.setattr(machine_code, "openmp", lambda: None)
-    kernel, x = PlainKernel(torch.randn(131, 257)), torch.randn(5, 257)
+    kernel, x = ExactKernel(torch.randn(131, 257)), torch.randn(5, 257)
     check(kernel, x)
 
 
@@ -201,7 +202,7 @@ def test_defaults_of_torch_do_not_matter(kind):
 @pytest.mark.parametrize("kind", KERNELS)
 def test_all_that_is_kept_stands_in_a_few_tensors(kind):
     weight = torch.randn(48, 200).bfloat16()
-    stored = {name: torch.empty_like(part, device="cpu") for name, part in kind.describe(weight.shape).items()}
+    stored = {name: torch.empty_like(part, device="cpu") for name, part in kind.layout(weight.shape).items()}
     kind.encode(weight, stored)
     again, x = kind.from_stored(stored, (48, 200), torch.bfloat16), torch.randn(3, 200).bfloat16()
     assert torch.equal(again(x), kind(weight)(x))

@@ -7,8 +7,8 @@ from torch import nn
 
 import hf_llama3
 from hf_llama3.cpu import processor
-from hf_llama3.cpu.kernels.linear import Int4Kernel, Int8Kernel
-from hf_llama3.cpu.linear import PackedLinear
+from hf_llama3.cpu.kernels.int8_int4 import Int4Kernel, Int8Kernel
+from hf_llama3.cpu.linear import KernelLinear
 from hf_llama3.cpu.processor import Processor
 from hf_llama3.errors import UserError
 from hf_llama3.measure.bench import weight_bytes
@@ -32,7 +32,7 @@ def test_model(kind, quantize):
     model = make_model(kind, dtype=torch.bfloat16)
     theirs = logits(model)
     hf_llama3.optimize(model, quantize=quantize)
-    kinds = {type(module.kernel) for module in model.modules() if type(module) is PackedLinear}
+    kinds = {type(module.kernel) for module in model.modules() if type(module) is KernelLinear}
     assert kinds == ({Int8Kernel} if quantize == "int8" else {Int8Kernel, Int4Kernel})
     assert type(model.lm_head.kernel) is Int8Kernel and sum(type(m) is nn.Linear for m in model.modules()) == 0
     ours = logits(model)

@@ -1,1 +1,1 @@
-"""Machine code for products with the weights of a model, and for attention to its cache, as they lie in memory."""
+"""Machine code that multiplies by a model's weights, and attends to its cache, where they lie in memory."""

@@ -1,4 +1,4 @@
-"""Attention of one new token in each row, as machine code that reads keys and values where they lie in the cache.
+"""Attention of one decode step: machine code that reads keys and values where they lie in the cache.
 
 A key/value head is read once for all queries that share it; scores, softmax and sums of values are float32.
 """
@@ -12,28 +12,28 @@ import torch
 from torch import nn
 
 from .. import processor
-from .linear import memory_here, parts_for
+from .kernel import scratch, threads_for
 from .machine_code import FLOAT, INT32, Builder, MachineCode, number, splat, vector
 from .products import Plain, share
 
-MOST_TOGETHER = 16  # queries of one head: more are compiled for seconds, and are a product for the library
+MAX_GROUP = 16  # queries that share a key/value head; more take seconds to compile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ARGUMENTS = (
-    *("queries", "keys", "values", "mask", "y", "scores"),  # addresses; each thread has scores (G, width) of its own
-    *("key_row", "key_head", "key_token", "value_row", "value_head", "value_token", "mask_row"),  # bytes to the next
-    *("rows", "heads", "tokens", "width"),  # B, K, S, and S up to whole vectors
-    "scaling",  # the bits of a float32
+    *("queries", "keys", "values", "mask", "y", "scores"),  # addresses; scores: (G, width) for each thread
+    *("key_row", "key_head", "key_token", "value_row", "value_head", "value_token", "mask_row"),  # strides in bytes
+    *("rows", "heads", "tokens", "width"),  # B, K, S, and S rounded up to whole vectors
+    "scaling",  # a float32's bits
 )
 UNSEEN, LOWEST = float("-inf"), torch.finfo(torch.float32).min
 LOG2_E = 1.4426950408889634
-LN_2 = (0.693145751953125, 1.428606820286227e-06)  # the first has zeros enough that a multiple of it is exact
-ROUNDING = 1.5 * 2.0**23  # added to a small number it leaves the nearest integer in the last bits
-SMALLEST_EXPONENT = -87.0  # of e, whose power is a normal number
+LN_2 = (0.693145751953125, 1.428606820286227e-06)  # the first ends in zeros, so that its multiples are exact
+ROUNDING = 1.5 * 2.0**23  # a small number plus this has the nearest integer in its last bits
+SMALLEST_EXPONENT = -87.0  # below it e ** x is no normal float32
 INVERSE_FACTORIALS = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
 
 
 def is_served(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Tell whether `decode_attention` takes these."""
+    """Tell whether `decode_attention` can compute this."""
     here, tensors = processor.here(), (queries, keys, values)
     if queries.shape[2] != 1 or not here.has_kernels or any(type(one) is not torch.Tensor for one in tensors):
         return False
@@ -44,7 +44,7 @@ def is_served(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, m
         one.is_cpu and one.dtype is queries.dtype and one.stride(3) == 1 for one in tensors
     )
     is_grouped = keys.shape == values.shape and keys.shape[0] == rows and heads % keys.shape[1] == 0
-    is_grouped = is_grouped and heads // keys.shape[1] <= MOST_TOGETHER
+    is_grouped = is_grouped and heads // keys.shape[1] <= MAX_GROUP
     fits = tokens > 0 and channels == keys.shape[3] and channels % here.lanes == 0
     is_known = mask is None or (
         mask.dtype is torch.bool and mask.is_cpu and mask.shape in [(rows, 1, 1, tokens), (1, 1, 1, tokens)]
@@ -59,16 +59,16 @@ def decode_attention(
     mask: torch.Tensor | None = None,
     scaling: float | None = None,
 ) -> torch.Tensor:
-    """Return what queries (B, H, 1, D) read from keys and values (B, K, S, D), as (B, 1, H, D).
+    """Attend with queries (B, H, 1, D) to keys and values (B, K, S, D); return (B, 1, H, D).
 
-    The boolean mask, (B or 1, 1, 1, S), is True where a key may be seen; where none may, the result is 0, as torch's.
+    The boolean mask (B or 1, 1, 1, S) is True where a key may be seen. A row that sees none gives 0, as in torch.
     """
     here, (rows, heads, tokens, channels), group = processor.here(), keys.shape, queries.shape[1] // keys.shape[1]
     run = compiled(str(keys.dtype).removeprefix("torch."), channels, group, mask is not None, here)
-    width, parts, size = tokens + -tokens % here.lanes, parts_for(keys.numel()), keys.element_size()
+    width, parts, size = tokens + -tokens % here.lanes, threads_for(keys.numel()), keys.element_size()
     x = queries.float().contiguous()
     y = torch.empty(rows, 1, heads * group, channels, dtype=torch.float32, device="cpu")
-    scores = memory_here(parts * group * width, torch.float32)
+    scores = scratch(parts * group * width, torch.float32)
     if mask is not None:
         unseen = torch.zeros(mask.shape, dtype=torch.float32, device="cpu").masked_fill_(~mask, UNSEEN)
         mask = nn.functional.pad(unseen, (0, width - tokens))
@@ -86,7 +86,7 @@ def decode_attention(
 
 @functools.cache
 def compiled(kind: str, channels: int, group: int, is_masked: bool, here: processor.Processor) -> MachineCode:
-    """Compile the attention to keys and values of a type ("float32", "float16", "bfloat16")."""
+    """Compile attention for keys and values of one type ("float32", "float16", "bfloat16")."""
     numbers = Plain(kind, here.lanes)
 
     def emit(b: Builder, values, part, parts):
@@ -107,7 +107,7 @@ def compiled(kind: str, channels: int, group: int, is_masked: bool, here: proces
                 for name in ("key", "value")
             )
             mask = b.address(a["mask"], (row, a["mask_row"])) if is_masked else None
-            for one in scores:  # behind the last token
+            for one in scores:  # padding behind the last token
                 b.store_vector(splat(FLOAT, here.lanes, UNSEEN), b.address(one, size, -4 * here.lanes))
             emit_scores(b, numbers, queries, channels, key, key_token, a["tokens"], scaling, scores)
             factors = [emit_softmax(b, one, mask, vectors, here.lanes) for one in scores]
@@ -121,12 +121,12 @@ def compiled(kind: str, channels: int, group: int, is_masked: bool, here: proces
 def emit_scores(
     b: Builder, of_keys: Plain, queries: list, channels: int, key, key_token, tokens, scaling, scores: list
 ):
-    """Emit the scores of all keys of a head, of as many at a time as fill a vector with those of all queries."""
+    """Emit the scores of a head's keys, for as many keys at a time as give one vector of scores with all queries."""
     lanes, group = of_keys.lanes, len(queries)
     together = max(lanes // (1 << (group - 1).bit_length()), 1)
 
     def sums_of(key, queries: list) -> list:
-        """Return in lanes what a key's products with queries are the sums of."""
+        """Return, for each query, a vector whose lanes add up to its product with the key."""
         sums = [splat(FLOAT, lanes, 0.0)] * len(queries)
         for start in range(0, channels, lanes):
             k = of_keys.load(b, key, number(start), lanes)
@@ -154,7 +154,7 @@ def emit_scores(
 
 
 def emit_softmax(b: Builder, scores, mask, vectors, lanes: int):
-    """Emit over a query's scores the powers of e by which keys weigh; returns one over their sum (0 if that is 0)."""
+    """Emit the weights e ** (score - highest) in place of a query's scores; return 1 / their sum, or 0 if that is 0."""
 
     def find_highest(i, carried):
         place = b.address(scores, (i, 4 * lanes))
@@ -180,7 +180,7 @@ def emit_softmax(b: Builder, scores, mask, vectors, lanes: int):
 
 
 def exponential(b: Builder, x):
-    """Return e ** x of numbers up to 0: 2 ** n times the power series of what is left, r, which is below 0.35."""
+    """Return e ** x for x <= 0, as 2 ** n * e ** r, |r| < 0.35; e ** r is a power series."""
     log2_e, rounding, one, small, zero, *series = (
         splat(FLOAT, x.type.count, value)
         for value in (LOG2_E, ROUNDING, -LN_2[0], SMALLEST_EXPONENT, 0.0, *INVERSE_FACTORIALS)
@@ -207,7 +207,7 @@ def emit_sums(
     channels: int,
     registers: int,
 ):
-    """Emit the sums of a head's values by each query's weights, of as many channels at a time as registers hold."""
+    """Emit each query's weighted sum of a head's values, for as many channels at a time as registers hold."""
     lanes, group = of_values.lanes, len(weights)
     together = lanes * max((registers - 1) // (group + 1), 1)
     for first in range(0, channels, together):

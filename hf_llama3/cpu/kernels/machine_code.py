@@ -1,7 +1,7 @@
-"""Functions over vectors, built from a few words of LLVM's language and compiled for this processor when first used.
+"""Functions over vectors, written in LLVM's language and compiled for this processor when they are first used.
 
-llvmlite brings the compiler; what it makes serves AVX2, AVX-512 and Arm from the same lines. Addresses and counts are
-64-bit integers. (llvmlite.readthedocs.io, "IR layer"; llvm.org/docs/LangRef.html)
+llvmlite brings the compiler; the same lines serve AVX2, AVX-512 and Arm. Addresses and counts are 64-bit integers.
+(llvmlite.readthedocs.io, "IR layer"; llvm.org/docs/LangRef.html)
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from .. import processor
 
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
 INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-# The processor that code is made for where a wider one is held to fewer instructions
+# The processor that code is compiled for where a wider one is held to fewer instructions
 HELD = {"avx512_bf16": "cooperlake", "avx512_f": "skylake-avx512", "avx2": "haswell"}
 
 
@@ -33,7 +33,7 @@ def number(value: int) -> ir.Constant:
 
 
 class Builder(ir.IRBuilder):
-    """An IRBuilder with the words that products are written in."""
+    """An IRBuilder with the operations that products are written in."""
 
     def address(self, *terms):
         """Add addresses and offsets; an offset may be a pair, to be multiplied."""
@@ -60,7 +60,7 @@ class Builder(ir.IRBuilder):
         return self.call(add, [ir.Constant(FLOAT, 0.0), value], fastmath=("reassoc",))
 
     def totals(self, values: list):
-        """Return a vector of the sums of the lanes of so many vectors, each as long as they are many."""
+        """Return a vector whose lane i is the sum of vector i's lanes; there are as many vectors as lanes."""
         lanes, width = len(values), len(values)
         while width > 1:  # lanes that hold parts of the same sum
             width //= 2
@@ -84,23 +84,23 @@ class Builder(ir.IRBuilder):
         return ir.Function(self.module, ir.FunctionType(result, arguments), name)
 
     def spread(self, value, lanes: int, pick):
-        """Return a vector of `lanes` lanes of which lane j is lane `pick(j)` of a narrower one."""
+        """Return a vector of `lanes` lanes; lane j is lane `pick(j)` of the given vector."""
         indices = ir.Constant(vector(INT32, lanes), [pick(lane) for lane in range(lanes)])
         return self.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), indices)
 
     def join(self, one, other):
-        """Return a vector of the lanes of two."""
+        """Return the concatenation of two vectors."""
         indices = ir.Constant(vector(INT32, 2 * one.type.count), list(range(2 * one.type.count)))
         return self.shuffle_vector(one, other, indices)
 
     def widen_bfloat16(self, bits):
-        """Return the float32 of which these 16-bit integers are the upper half."""
+        """Return bfloat16 numbers, given as 16-bit integers, as float32."""
         lanes = bits.type.count
         shifted = self.shl(self.zext(bits, vector(INT32, lanes)), splat(INT32, lanes, 16))
         return self.bitcast(shifted, vector(FLOAT, lanes))
 
     def repeat(self, count, body, carried=()):
-        """Emit `for i in range(count): carried = body(i, carried)`, and return what is carried out."""
+        """Emit `for i in range(count): carried = body(i, carried)`; return the last `carried`."""
         before, loop, after = self.block, self.append_basic_block("loop"), self.append_basic_block("after")
         self.cbranch(self.icmp_signed(">", count, number(0)), loop, after)
         self.position_at_end(loop)
@@ -124,7 +124,7 @@ def constant(value):
 
 
 class MachineCode:
-    """A compiled `emit(builder, arguments, part, parts)`: `parts` calls share the work, each on a thread of its own."""
+    """A compiled `emit(builder, arguments, part, parts)`; `parts` threads share the work, one call each."""
 
     def __init__(self, name: str, num_arguments: int, emit):
         module = ir.Module(name)
@@ -149,7 +149,7 @@ class MachineCode:
         self.array = ctypes.c_int64 * num_arguments
 
     def __call__(self, *arguments: int, parts: int = 1):
-        """Run with these addresses and counts; returns when all parts are done."""
+        """Run with these addresses and counts; return when all parts are done."""
         array = self.array(*arguments)
         address = ctypes.addressof(array)
         if parts == 1:
@@ -164,14 +164,14 @@ class MachineCode:
 
 
 def compile_module(module: ir.Module):
-    """Compile for this processor, or for what it is held to."""
+    """Compile for this processor, or for the one that it is held to."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     parsed = llvm.parse_assembly(str(module))
     machine = target_machine()
     parsed.triple = machine.triple
     options = llvm.create_pipeline_tuning_options(speed_level=3)
-    options.loop_vectorization = options.slp_vectorization = False  # vectors are written out
+    options.loop_vectorization = options.slp_vectorization = False  # the code is vectorised by hand
     passes = llvm.create_pass_builder(machine, options)
     passes.getModulePassManager().run(parsed, passes)
     engine = llvm.create_mcjit_compiler(parsed, machine)
@@ -191,7 +191,7 @@ def target_machine() -> llvm.TargetMachine:
 
 @functools.cache
 def openmp():
-    """Return the function that runs a team of torch's own threads (libgomp's ABI), or None where torch has another."""
+    """Return the function that runs torch's own team of threads (libgomp's ABI); None without libgomp."""
     try:
         run = ctypes.CDLL(None).GOMP_parallel
     except (OSError, AttributeError, TypeError):  # macOS, Windows

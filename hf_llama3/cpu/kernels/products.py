@@ -1,12 +1,12 @@
-"""Products of rows with a weight that is read where it lies, as machine code.
+"""Machine code for products of rows with a weight, which is read where it lies in memory.
 
-One row is bound by memory: every output feature is read once, from its start to its end. Of several rows a tile is
-computed at a time, some output features times some rows, whose sums stay in registers.
+The product with one row is bound by memory: every output feature is read once, from start to end. With several rows a
+tile is computed at a time: some output features times some rows, with all sums in registers.
 
-Quantised weights come in blocks of 128 inputs: 16 lanes of 8 levels. Neighbouring lanes share a scale: 8 of them for 8
-bits, so that 64 inputs share one; 4 for 4 bits: 32 inputs. With 8 bits level k of lane j is that of a block's input
-16 k + j; with 4 bits of input 32 (j // 4) + 4 k + j % 4, so that those that share a scale are neighbours. Rows that are
-multiplied by levels, and weights that are dequantised, are in the order of levels.
+A quantised weight is stored in blocks of 128 inputs: 16 lanes of 8 levels. Neighbouring lanes share a scale: 8 lanes
+(64 inputs) for 8 bits, 4 lanes (32 inputs) for 4 bits. For 8 bits, level k of lane j belongs to input 16 k + j of the
+block; for 4 bits, to input 32 (j // 4) + 4 k + j % 4, so that inputs that share a scale are neighbours. Rows that are
+multiplied by levels, and weights that are dequantised, are in that order, too.
 """
 
 import functools
@@ -20,24 +20,24 @@ LANES = 16  # of a block
 LEVELS = BLOCK // LANES  # of a lane
 NARROW = 8  # lanes
 GROUPS = {"int8": 2, "int4": 4}  # of a block, each with a scale of its own
-OFFSET = 128.0  # as a bfloat16 its last 4 bits are 0 and count ones: a level of 4 bits, put there, is added
+OFFSET = 128.0  # a bfloat16 whose last 4 bits are 0 and count ones: a 4-bit level written there is added
 OFFSET_BITS = 0x4300
 ARGUMENTS = (
-    *("weight", "weight_row", "scale", "scale_row"),  # addresses; bytes from one output feature to the next
-    *("x", "x_row", "sums", "sums_row", "y", "y_row"),  # likewise, from one row to the next
+    *("weight", "weight_row", "scale", "scale_row"),  # addresses; strides of output features in bytes
+    *("x", "x_row", "sums", "sums_row", "y", "y_row"),  # the same for rows
     *("outputs", "inputs", "row_tiles"),
 )
 
 
 class Plain:
-    """Rows of float32, float16 or bfloat16 as they are."""
+    """Rows of float32, float16 or bfloat16."""
 
     def __init__(self, dtype: str, lanes: int):
         self.dtype, self.lanes = dtype, lanes
         self.size = 4 if dtype == "float32" else 2  # bytes of a number
 
     def load(self, b: Builder, row, start, lanes: int):
-        """Return so many neighbours as float32."""
+        """Return neighbouring numbers as a vector of float32."""
         address = b.address(row, (start, self.size))
         if self.dtype == "float32":
             return b.load_vector(address, FLOAT, lanes)
@@ -47,23 +47,23 @@ class Plain:
 
 
 class Pairs(Plain):
-    """Rows of bfloat16 that are multiplied in pairs, by an instruction (AVX512_BF16)."""
+    """Rows of bfloat16 that an instruction multiplies in pairs (AVX512_BF16)."""
 
     def __init__(self):
         super().__init__("bfloat16", lanes=32)
 
 
 class Quantised:
-    """Rows of levels of 8 or 4 bits, with scales and, for 4 bits, what level 0 stands for."""
+    """Rows of levels of 8 or 4 bits, with scales and, for 4 bits, minimums (the value of level 0)."""
 
     def __init__(self, kind: str, lanes: int):
         self.kind, self.lanes, self.groups = kind, min(lanes, LANES), GROUPS[kind]
         self.has_minimum = kind == "int4"
         self.size = BLOCK if kind == "int8" else BLOCK // 2  # bytes of a block
-        self.pieces = range(LANES // self.lanes)  # of a block, as vectors have fewer lanes
+        self.pieces = range(LANES // self.lanes)  # of a block, where a vector has fewer lanes
 
     def levels(self, b: Builder, row, block, piece: int, masked: bool = False) -> list:
-        """Return the levels k of a piece's lanes as float32; where 4 bits are only `masked` out, times 16 ** k."""
+        """Return a piece's 8 vectors of levels as float32; `masked`: level k of 4 bits times 16 ** k."""
         start, lanes = b.address(row, (block, self.size)), self.lanes
         if self.kind == "int8":
             parts = [b.load_vector(b.address(start, LANES * k + lanes * piece), INT8, lanes) for k in range(LEVELS)]
@@ -72,15 +72,15 @@ class Quantised:
         for k in range(LEVELS):
             if masked and k < LEVELS - 1:
                 level = b.and_(whole, splat(INT32, lanes, 15 << 4 * k))
-            else:  # the last reaches the sign, and is shifted always
+            else:  # the last reaches the sign bit, so it is always shifted
                 level = b.and_(b.lshr(whole, splat(INT32, lanes, 4 * k)), splat(INT32, lanes, 15))
             levels.append(b.sitofp(level, vector(FLOAT, lanes)))
         return levels
 
     def pairs(self, b: Builder, row, block) -> list:
-        """Return a block's levels as pairs of bfloat16, of k and k + 4 for k up to 3; those of 4 bits plus `OFFSET`."""
+        """Return a block's levels as pairs (k, k + 4) of bfloat16, k = 0 to 3; levels of 4 bits with `OFFSET` added."""
         low, high = splat(INT32, LANES, 16), splat(INT32, LANES, 0xFFFF0000)
-        if self.kind == "int8":  # a float32 of 8 bits is a bfloat16 and 16 zeros
+        if self.kind == "int8":  # the float32 of an 8-bit integer is a bfloat16 followed by 16 zeros
             levels = [b.bitcast(level, vector(INT32, LANES)) for level in self.levels(b, row, block, 0)]
             return [b.or_(b.lshr(levels[k], low), b.and_(levels[k + 4], high)) for k in range(4)]
         whole = b.load_vector(b.address(row, (block, self.size)), INT32, LANES)
@@ -89,7 +89,7 @@ class Quantised:
         return [b.or_(b.and_(one, splat(INT32, LANES, 0x000F000F)), offset) for one in shifted]
 
     def scales(self, b: Builder, row, block, piece: int) -> tuple:
-        """Return the scales of a piece's lanes, and the minimums that lie beside those of 4 bits (None for 8)."""
+        """Return the scales of a piece's lanes, and the minimums beside them (None for 8 bits)."""
         element = INT32 if self.has_minimum else INT16
         bits = b.load_vector(b.address(row, (block, element.width // 8 * self.groups)), element, self.groups)
         if not self.has_minimum:
@@ -102,9 +102,9 @@ class Quantised:
 
 
 def dot(b: Builder, weights: list, xs: list, inputs, of_weights: Plain, of_xs: Plain) -> list:
-    """Emit the product of each weight's row with each x; returns them in this order."""
+    """Emit the products of each output feature with each row; return them in this order."""
     lanes, count = of_weights.lanes, len(weights) * len(xs)
-    unrolled = max(4 // count, 1)  # sums that do not wait for one another
+    unrolled = max(4 // count, 1)  # independent sums, which the processor adds at once
     pairs = isinstance(of_weights, Pairs)
 
     def terms(start, width: int, sums):
@@ -135,26 +135,26 @@ def dot(b: Builder, weights: list, xs: list, inputs, of_weights: Plain, of_xs: P
 
 
 def pair_products(b: Builder, one, other, sums):
-    """Add, in each lane, both products of pairs of bfloat16."""
+    """Add both products of the pairs of bfloat16 to each lane."""
     pairs, result = vector(INT32, 16), vector(FLOAT, 16)
     return b.call(b.intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", result, [result, pairs, pairs]), [sums, one, other])
 
 
 def quantised_dot(b: Builder, weights: Quantised, a: dict, outputs: list, rows: list, in_pairs: bool) -> list:
-    """Emit the product of each output feature with each row (`inputs` counts blocks); returns them in this order."""
+    """Emit the products of each output feature with each row; return them in this order (`inputs` counts blocks)."""
     of_levels = [b.address(a["weight"], (output, a["weight_row"])) for output in outputs]
     of_scales = [b.address(a["scale"], (output, a["scale_row"])) for output in outputs]
     xs, sums_of_xs = ([b.address(a[name], (row, a[f"{name}_row"])) for row in rows] for name in ("x", "sums"))
     lanes, zero = weights.lanes, splat(FLOAT, weights.lanes, 0.0)
 
     def sums_of_block(block, piece: int) -> list:
-        """Return the sums of levels times inputs in the lanes of a piece."""
+        """Return the sums of levels times inputs, lane by lane, for a piece of a block."""
         if in_pairs:
             levels, multiply = [weights.pairs(b, row, block) for row in of_levels], functools.partial(pair_products, b)
         else:
             levels, multiply = [weights.levels(b, row, block, piece, masked=True) for row in of_levels], b.fused
         size, element = (2, INT32) if in_pairs else (4, FLOAT)
-        chains = 2 if len(outputs) * len(rows) == 1 and lanes < LANES else 1  # a long one would wait for itself
+        chains = 2 if len(outputs) * len(rows) == 1 and lanes < LANES else 1  # one chain would wait for itself
         sums = [[zero] * len(outputs) * len(rows) for _ in range(chains)]
         for k in range(len(levels[0])):
             at = 4 * (LANES * k + lanes * piece)
@@ -187,7 +187,7 @@ def quantised_dot(b: Builder, weights: Quantised, a: dict, outputs: list, rows: 
 
 
 def dequantise(b: Builder, weights: Quantised, a: dict, output, target, rounded: Callable | None):
-    """Emit the writing of an output feature's weights at an address, as float32 or what those are rounded to."""
+    """Emit code that dequantises an output feature into memory, as float32 or rounded by `rounded`."""
     size = 4 if rounded is None else 2
     levels = b.address(a["weight"], (output, a["weight_row"]))
     scales = b.address(a["scale"], (output, a["scale_row"]))
@@ -205,7 +205,7 @@ def dequantise(b: Builder, weights: Quantised, a: dict, output, target, rounded:
 
 
 def round_to_bfloat16(b: Builder, value):
-    """Return the 16 bits of the nearest bfloat16, of two equally near the even one, of numbers that are finite."""
+    """Round finite float32 to the bits of the nearest bfloat16, ties to even."""
     lanes = value.type.count
     bits = b.bitcast(value, vector(INT32, lanes))
     is_odd = b.and_(b.lshr(bits, splat(INT32, lanes, 16)), splat(INT32, lanes, 1))
@@ -214,19 +214,19 @@ def round_to_bfloat16(b: Builder, value):
 
 
 def round_at_once(b: Builder, value):
-    """Do the same by an instruction (AVX512_BF16), to which numbers below 2 ** -126 are 0."""
+    """Do the same by an instruction (AVX512_BF16), which flushes numbers below 2 ** -126 to 0."""
     name, result = "llvm.x86.avx512bf16.cvtneps2bf16.512", vector(INT16, 16)
     return b.call(b.intrinsic(name, result, [value.type]), [value])
 
 
 def share(b: Builder, count, part, parts) -> tuple:
-    """Return from where to where a part goes of so many."""
+    """Return the first and the last (excluded) item of a part, where `parts` share `count` items."""
     first, last = (b.sdiv(b.mul(count, one), parts) for one in (part, b.add(part, number(1))))
     return first, last
 
 
 def emit_product(weights: Plain | Quantised, of_x: Plain, outputs_together: int, rows_together: int):
-    """Return what emits the products of all output features with tiles of rows."""
+    """Return the emitter of the products of all output features with tiles of rows."""
 
     def emit(b: Builder, a: dict, part, parts):
         def of_outputs(first, count: int):
@@ -260,7 +260,7 @@ def emit_product(weights: Plain | Quantised, of_x: Plain, outputs_together: int,
 
 
 def emit_dequantisation(weights: Quantised, rounded: Callable | None):
-    """Return what emits the writing of all output features as plain rows, at `y`."""
+    """Return the emitter that dequantises all output features into the rows of `y`."""
 
     def emit(b: Builder, a: dict, part, parts):
         first, last = share(b, a["outputs"], part, parts)
@@ -275,7 +275,7 @@ def emit_dequantisation(weights: Quantised, rounded: Callable | None):
 
 
 def compiled(name: str, emit: Callable) -> Callable:
-    """Compile what emits a function of `ARGUMENTS`; they are given by name, and are 0 if they are not."""
+    """Compile an emitter; the function takes `ARGUMENTS` by name, 0 for those that are missing."""
     code = MachineCode(
         name, len(ARGUMENTS), lambda b, values, *of: emit(b, dict(zip(ARGUMENTS, values, strict=True)), *of)
     )
@@ -288,24 +288,24 @@ def compiled(name: str, emit: Callable) -> Callable:
 
 @functools.cache
 def product(kind: str, rows_together: int, in_pairs: bool, here: processor.Processor) -> Callable:
-    """Compile the product of a weight of some kind ("float32", "float16", "bfloat16", "int8", "int4") with rows.
+    """Compile the product of rows with a weight of "float32", "float16", "bfloat16", "int8" or "int4".
 
     Rows are float32, or bfloat16 where `in_pairs`; outputs are float32.
     """
     of_x = Pairs() if in_pairs else Plain("float32", here.lanes)
     if kind in GROUPS:
         return compiled("product", emit_product(Quantised(kind, here.lanes), of_x, 1, rows_together))
-    if rows_together == 1:  # the wider vectors of AVX-512 are slower to widen to, by a third
+    if rows_together == 1:  # narrow vectors are a third faster on AVX-512
         weights = Pairs() if in_pairs else Plain(kind, NARROW)
         return compiled("product", emit_product(weights, of_x, 1, 1))
     weights = Pairs() if in_pairs else Plain(kind, here.lanes)
-    together = max(here.registers // 2 // rows_together, 1)  # sums fit into registers
+    together = max(here.registers // 2 // rows_together, 1)  # so that all sums fit into registers
     return compiled("product", emit_product(weights, of_x, together, rows_together))
 
 
 @functools.cache
 def dequantisation(kind: str, to: str, here: processor.Processor) -> Callable:
-    """Compile the writing of a weight of "int8" or "int4" as a plain one, of float32 or bfloat16."""
+    """Compile the dequantisation of a weight of "int8" or "int4" to float32 or bfloat16."""
     rounded = round_at_once if here.multiplies_pairs else round_to_bfloat16
     weights = Quantised(kind, here.lanes)
     return compiled("dequantise", emit_dequantisation(weights, rounded if to == "bfloat16" else None))

@@ -1,8 +1,8 @@
-"""Weights as levels of 8 or 4 bits, in the blocks that `products` describes, as machine code.
+"""Machine code that quantises weights to levels of 8 or 4 bits, in the blocks that `products` describes.
 
-8 bits: a group's largest weight, by size, is level 127 or -127. 4 bits: levels lie evenly between a group's least
-weight and its largest, or a little within, and are then fitted to the weights by least squares; of several widths the
-one with the least error stays. Both are found for every lane of a block at once.
+8 bits: the weight of largest magnitude in a group becomes level 127 or -127. 4 bits: levels are spread evenly from a
+group's smallest weight to its largest, or over a slightly narrower range, and then fitted to the weights by least
+squares; of the ranges tried, the one with the least error is kept. All lanes of a block are computed at once.
 """
 
 # Shapes: O output features, B blocks of 128 inputs, G groups of a block
@@ -16,20 +16,20 @@ from .. import processor
 from .machine_code import FLOAT, INT8, INT32, Builder, number, splat, vector
 from .products import BLOCK, GROUPS, LANES, LEVELS, Plain, compiled, round_to_bfloat16, share
 
-WIDTHS = 2  # of levels that are tried, each narrower than the one before by
+WIDTHS = 2  # ranges that are tried, each narrower than the one before by this share:
 NARROWER = 0.08
-TURNS = 3  # of fitting
-LEAST = 2.0**-100  # that a scale may be: of a group of zeros
+TURNS = 3  # of the least-squares fit
+LEAST = 2.0**-100  # the smallest scale, for a group of zeros
 
 
 class Groups:
-    """Words about the groups of a vector's lanes: so many neighbours each."""
+    """Operations on the groups of a vector's lanes: `together` neighbours share a scale."""
 
     def __init__(self, b: Builder, lanes: int, together: int):
         self.b, self.lanes, self.together = b, lanes, together
 
     def all(self, value, join: Callable):
-        """Return, in every lane, what its group's lanes are joined to."""
+        """Return, in every lane, the reduction of its group by `join`."""
         step = 1
         while step < self.together:
             value = join(value, self.b.spread(value, self.lanes, lambda lane, step=step: lane ^ step))
@@ -40,7 +40,7 @@ class Groups:
         return self.all(functools.reduce(self.b.fadd, values), self.b.fadd)
 
     def pick(self, value):
-        """Return one lane of every group."""
+        """Return the first lane of every group."""
         return self.b.spread(value, self.lanes // self.together, lambda group: group * self.together)
 
     def of(self, number_: float):
@@ -53,13 +53,13 @@ class Groups:
         return self.b.select(self.b.fcmp_ordered("<", one, other), one, other)
 
     def nearest(self, value, low: float, high: float):
-        """Return the nearest whole numbers between two."""
+        """Round to integers, and clamp to a range."""
         name, kind = f"llvm.rint.v{self.lanes}f32", value.type
         whole = self.b.call(self.b.intrinsic(name, kind, [kind]), [value])
         return self.smaller(self.larger(whole, self.of(low)), self.of(high))
 
     def bfloat16(self, value):
-        """Return the 16 bits of the nearest bfloat16, and the float32 that it is."""
+        """Round to bfloat16; return its bits and its value as float32."""
         bits = round_to_bfloat16(self.b, value)
         return bits, self.b.widen_bfloat16(bits)
 
@@ -68,7 +68,7 @@ def to_int8(b: Builder, g: Groups, weights: list) -> tuple:
     """Return the levels of 8 bits and the bits of the scale in every lane."""
     sizes = [b.and_(b.bitcast(one, vector(INT32, g.lanes)), splat(INT32, g.lanes, 0x7FFFFFFF)) for one in weights]
 
-    def larger(one, other):  # as whole numbers floats above 0 have their order, and NaN is the largest
+    def larger(one, other):  # positive floats keep their order when read as integers, and NaN is the largest
         return b.select(b.icmp_signed(">", one, other), one, other)
 
     largest = b.bitcast(g.all(functools.reduce(larger, sizes), larger), vector(FLOAT, g.lanes))
@@ -92,7 +92,7 @@ def to_int4(b: Builder, g: Groups, weights: list) -> tuple:
         return [g.nearest(b.fmul(b.fsub(one, minimum), per_unit), 0.0, 15.0) for one in weights]
 
     def fitted(scale, minimum) -> tuple:
-        """Return scale and minimum by which the weights are nearest to their levels."""
+        """Return the scale and minimum that fit the current levels to the weights by least squares."""
         levels = levels_of(scale, minimum)
         of_levels, squares = g.sum(levels), g.sum([b.fmul(one, one) for one in levels])
         products = g.sum([b.fmul(level, weight) for level, weight in zip(levels, weights, strict=True)])
@@ -123,7 +123,7 @@ def to_int4(b: Builder, g: Groups, weights: list) -> tuple:
         is_better = b.fcmp_ordered("<", error, best[0])
         return [b.select(is_better, new, old) for new, old in zip((error, scale, minimum), best, strict=True)]
 
-    # A group that is not finite has no better one: its scale stays infinite, by which it is noticed
+    # For a group with NaN or infinity no error is smaller: its scale stays infinite, which `quantise` looks for
     infinite = g.of(float("inf"))
     _, scale, minimum = b.repeat(number(WIDTHS), try_width, [infinite, infinite, low])
     minimum = b.select(b.fcmp_ordered(">", range_, g.of(0.0)), minimum, g.bfloat16(low)[1])  # of a group of zeros: 0
@@ -134,7 +134,7 @@ def to_int4(b: Builder, g: Groups, weights: list) -> tuple:
 
 
 def neighbours(b: Builder, source: Plain, row, block, k: int, first: int, lanes: int):
-    """Return the weights of level k of some lanes, of which each group of 4 has 32 neighbours."""
+    """Return the weights whose level is k, for some lanes; 4 lanes hold 32 neighbouring inputs."""
     groups = range(first // 4, (first + lanes) // 4)
     parts = [source.load(b, row, b.address((block, BLOCK), 32 * group + 4 * k), 4) for group in groups]
     while len(parts) > 1:
@@ -143,7 +143,7 @@ def neighbours(b: Builder, source: Plain, row, block, k: int, first: int, lanes:
 
 
 def emit_quantisation(kind: str, source: Plain):
-    """Return what emits the quantising of all output features of a plain weight, of `inputs` blocks, at `y`."""
+    """Return the emitter that quantises all output features of a plain weight of `inputs` blocks into `y`."""
     groups, size = GROUPS[kind], BLOCK if kind == "int8" else BLOCK // 2
     lanes = min(source.lanes, LANES)
 
@@ -183,5 +183,5 @@ def emit_quantisation(kind: str, source: Plain):
 
 @functools.cache
 def quantisation(kind: str, source: str, here: processor.Processor) -> Callable:
-    """Compile the quantising of a weight of some type to "int8" or "int4"; inputs must fill whole blocks."""
+    """Compile the quantisation of a weight of some type to "int8" or "int4"; inputs must fill whole blocks."""
     return compiled("quantise", emit_quantisation(kind, Plain(source, here.lanes)))
