@@ -34,6 +34,7 @@ from .storage import StoredTensor
 from .torch_files import find_torch_files
 
 PARAMS_FILE = "params.json"
+UNTOLD = "no file of Meta's says; an Instruct model needs --instruct, or it has no chat template and does not stop"
 SHARD_GLOBS = ("*.pth", "consolidated*.safetensors", "consolidated.*/")
 SHARD_NAME = re.compile(r"consolidated(?:\.(\d+))?(?:\.pth|\.safetensors)?")  # a shard, or its folder of parts
 
@@ -91,7 +92,7 @@ def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None
     inferred.append(f"embeddings {'tied' if tied else 'untied'}: {why}")
 
     if instruct is None:
-        instruct, why = (sidecar["instruct"], f"says {SIDECAR}") if sidecar else (False, "no file of Meta's says")
+        instruct, why = (sidecar["instruct"], f"says {SIDECAR}") if sidecar else (False, UNTOLD)
         inferred.append(f"{'instruct' if instruct else 'base'}: {why}")
     names = sidecar.get("special_tokens")
     if kind == "tiktoken":

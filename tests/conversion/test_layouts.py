@@ -30,6 +30,16 @@ def same_model(folder, tensors, tmp_path):
     assert all(torch.equal(written[name], tensors[name]) for name in tensors)
 
 
+def test_an_instruct_model_must_be_named(tmp_path):
+    """No file of Meta's tells it from its base: what that costs is said, unless the user has said which it is."""
+    write_meta(tmp_path / "meta", params(vocab=SMALL_VOCAB), tokenizer=small_tokenizer(tmp_path))
+    for number, (given, said) in enumerate([(None, True), (False, False), (True, False)]):
+        report = convert(tmp_path / "meta", tmp_path / f"hf-{number}", instruct=given)
+        lines = [line for line in report.inferred if "--instruct" in line]
+        assert len(lines) == said and all("no chat template and does not stop" in line for line in lines)
+        assert (tmp_path / f"hf-{number}" / "chat_template.jinja").exists() == bool(given)
+
+
 def test_numbers_without_a_zero(tmp_path):
     """Eleven shards and more, where the order of the names is not that of the numbers."""
     tensors = write_meta(
