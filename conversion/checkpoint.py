@@ -25,8 +25,8 @@ PURPOSES = {  # of the models that are none of language
 class Checkpoint:
     """Hold what a conversion needs to know of its source; of the tensors nothing has been read but where they lie."""
 
-    path: Path  # the folder that holds the files
-    format: str  # "hf" or "meta"
+    path: Path  # the folder that holds the files, or a GGUF file
+    format: str  # "hf", "meta" or "gguf"
     config: dict  # as `hf_config.read_config` returns it
     rows: list[Row] = field(repr=False)  # the table as it applies here
     tensors: dict[str, list[StoredTensor]] = field(repr=False)  # by Hugging Face's names, one for each shard
@@ -43,9 +43,15 @@ class Checkpoint:
     loads_as_is: bool = True  # whether transformers' `from_pretrained` takes the folder as it stands
     more_config: dict = field(default_factory=dict)  # what config.json says beside what a conversion needs of it
     hf_tokenizer: Path | None = None  # the folder with the tokenizer's Hugging Face files as they came, if any
+    keeps: object = field(default=None, repr=False)  # what lasts as long: the folder of those that were made
 
     def __post_init__(self):
         self.order = self.order or self.format
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the names of its files are told from."""
+        return self.path.parent if self.format == "gguf" else self.path
 
     @property
     def files(self) -> list[Path]:

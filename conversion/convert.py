@@ -105,8 +105,9 @@ def convert(
     checkpoint = open_checkpoint(source, rope_factor, llama_version, instruct)
     if checkpoint.hf_tokenizer is not None:
         refuse_links(checkpoint.hf_tokenizer, tokenizer_paths(checkpoint.hf_tokenizer).values())
-    refuse_links(checkpoint.path, checkpoint.path.glob("*.json"))
-    seen = {path: identity(path) for path in checkpoint.path.iterdir()}
+    beside = [] if checkpoint.format == "gguf" else sorted(checkpoint.path.iterdir())
+    refuse_links(checkpoint.folder, [path for path in beside if path.suffix == ".json"])
+    seen = {path: identity(path) for path in beside}
     plan = make_plan(checkpoint, to, mp, model_type, dtype, max_shard_size)
     check_small_files(checkpoint, verify)
     free = check_target(checkpoint.path.resolve(), target, plan.needed_bytes, overwrite)
@@ -115,7 +116,7 @@ def convert(
         target=str(target),
         source_format=checkpoint.format,
         target_format=plan.to,
-        source_files={str(path.relative_to(checkpoint.path)): path.stat().st_size for path in checkpoint.files},
+        source_files={str(path.relative_to(checkpoint.folder)): path.stat().st_size for path in checkpoint.files},
         files={file.name: file.layout.size for file in plan.files},
         tensors=plan.num_tensors,
         bytes=plan.nbytes,
@@ -167,7 +168,7 @@ def make_plan(checkpoint: Checkpoint, to, mp, model_type, dtype, max_shard_size)
         raise UserError(f"--as must be 'llama' or 'llama3', or 'torchtitan' with --to dcp, got {model_type!r}")
     if dtype is not None and dtype not in BY_NAME:
         raise UserError(f"--dtype must be one of {sorted(BY_NAME)}, got {dtype!r}")
-    other = "hf" if checkpoint.format == "meta" or checkpoint.files[0].suffix == SUFFIX else "meta"
+    other = "hf" if checkpoint.format != "hf" or checkpoint.files[0].suffix == SUFFIX else "meta"
     to = to or (other if mp is None else "meta")
     cast = Cast(BY_NAME[dtype]) if dtype is not None else None
     if to != "meta":

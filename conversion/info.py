@@ -29,7 +29,7 @@ class CheckpointInfo:
     """Describe a checkpoint of either format; sizes in bytes, lengths in tokens."""
 
     path: str
-    format: str  # "hf" or "meta"
+    format: str  # "hf", "meta" or "gguf"
     llama_version: str
     instruct: bool
     num_parameters: int
@@ -71,7 +71,7 @@ def describe(checkpoint: Checkpoint) -> CheckpointInfo:
         num_parameters=checkpoint.num_parameters,
         num_tensors=len({id(tensors[0]) for tensors in checkpoint.tensors.values()}),
         num_shards=checkpoint.num_shards,
-        files=[str(path.relative_to(checkpoint.path)) for path in checkpoint.files],
+        files=[str(path.relative_to(checkpoint.folder)) for path in checkpoint.files],
         bytes=sum(tensor.nbytes for tensor in stored),
         dtype=checkpoint.dtype,
         dtypes=sorted({tensor.dtype.name for tensor in stored}),

@@ -55,15 +55,17 @@ class LazyTensor:
 
 
 def load_meta(path, *, rope_factor: float | None = None, **kwargs) -> Llama3ForCausalLM:
-    """Load a directory of Meta's, of any number of shards, as `Llama3ForCausalLM`.
+    """Load a directory of Meta's, of any number of shards, or a GGUF file, as `Llama3ForCausalLM`.
 
     Args:
-        path: its folder, or a name on the Hub as `owner/name` or `owner/name/original`, with `@revision` after either.
+        path: the file, the folder, or a name on the Hub as `owner/name` or `owner/name/original`, with `@revision`
+            after either.
         rope_factor: see `convert`.
         kwargs: for `from_pretrained`, fields of the configuration among them; `dtype` is the files' own if omitted.
 
     Raises:
-        UserError: the directory is not one of Meta's, damaged, contradicts itself, or needs `rope_factor`.
+        UserError: it is neither a directory of Meta's nor a GGUF file, is damaged, contradicts itself, or needs
+            `rope_factor`.
     """
     if "config" in kwargs or "state_dict" in kwargs:
         raise UserError("load_meta reads configuration and weights from the directory; leave out config and state_dict")
@@ -89,12 +91,14 @@ def load_checkpoint(checkpoint: Checkpoint, **kwargs) -> Llama3ForCausalLM:
 
 
 def load_meta_tokenizer(path, *, rope_factor: float | None = None):
-    """Load the tokenizer of a directory of Meta's as transformers knows it.
+    """Load the tokenizer of a directory of Meta's, or a GGUF file, as transformers knows it.
 
     Raises:
         UserError: there is none.
     """
     checkpoint = open_meta_only(path, rope_factor)
+    if checkpoint.tokenizer is None and checkpoint.format == "gguf":
+        raise UserError(f"{path} holds {next(one for one in checkpoint.inferred if one.startswith('no tokenizer'))}")
     if checkpoint.tokenizer is None:
         raise UserError(f"{path} must hold a tokenizer.model to turn text into tokens; put Meta's there")
     with tempfile.TemporaryDirectory() as folder:
@@ -105,6 +109,6 @@ def load_meta_tokenizer(path, *, rope_factor: float | None = None):
 
 def open_meta_only(path, rope_factor: float | None):
     checkpoint = open_checkpoint(path, rope_factor)
-    if checkpoint.format != "meta":
+    if checkpoint.format == "hf":
         raise UserError(f"{path} is a Hugging Face folder; load it with from_pretrained")
     return checkpoint

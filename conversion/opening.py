@@ -8,6 +8,7 @@ from hf_llama3.files.atomic import SIGNS, is_unfinished
 
 from .checkpoint import Checkpoint
 from .formats.dcp import METADATA
+from .formats.gguf import SPLIT_NAME, SUFFIX, open_gguf
 from .formats.hf import ADAPTER, open_hf, refuse_adapter
 from .formats.meta import PARAMS_FILE, SHARD_GLOBS, open_meta
 from .formats.torch_files import is_weights
@@ -23,10 +24,10 @@ def open_checkpoint(
     *,
     unfinished: bool = False,
 ) -> Checkpoint:
-    """Open a checkpoint of either format by what lies in its folder; None means to infer.
+    """Open a checkpoint of any format by what lies in its folder; None means to infer.
 
     Args:
-        path: a folder, or a name on the Hub, which is fetched first (see `hub`).
+        path: a folder, a GGUF file, or a name on the Hub, which is fetched first (see `hub`).
         unfinished: whether it may be one that is still being written.
 
     Raises:
@@ -37,8 +38,11 @@ def open_checkpoint(
     if rope_factor is not None and not 1 <= rope_factor < float("inf"):
         raise UserError(f"--rope-factor must be a number of at least 1, got {rope_factor}")
     folder = locate(fetch(path))
-    if is_unfinished(folder.resolve()) and not unfinished:
+    if is_unfinished((folder.parent if folder.is_file() else folder).resolve()) and not unfinished:
         raise UserError(f"{folder} is not finished; run the command that was writing it again")
+    if folder.is_file():
+        refuse_rope_factor(rope_factor, folder)
+        return open_gguf(folder, llama_version, instruct)
     if not (folder / "config.json").exists():
         return open_meta(folder, rope_factor, llama_version, instruct)
     refuse_rope_factor(rope_factor, folder)
@@ -48,11 +52,14 @@ def open_checkpoint(
 def refuse_rope_factor(rope_factor: float | None, folder):
     """Raise if a factor is given for a folder that says its RoPE by itself."""
     if rope_factor is not None:
-        raise UserError(f"--rope-factor is for Meta's format: the RoPE of {folder} stands in its config.json")
+        where = "it" if Path(folder).suffix == SUFFIX else "its config.json"
+        raise UserError(f"--rope-factor is for Meta's format: the RoPE of {folder} stands in {where}")
 
 
 def locate(path: Path) -> Path:
     """Find the folder that holds the checkpoint: the one given, or Meta's `original/` in a copy from the Hub.
+
+    A GGUF file stands for itself, and so does the only one of a folder without a configuration.
 
     Raises:
         UserError: there is none, with what was found instead.
@@ -62,6 +69,8 @@ def locate(path: Path) -> Path:
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be opened: {error.strerror}"
         raise UserError(f"{path} {reason}; pass the folder of a checkpoint") from error
+    if path.suffix == SUFFIX and not path.is_dir():
+        return path
     if not path.is_dir():
         raise UserError(f"{path} is a file; pass the folder that holds it, {path.parent}")
     if not os.access(path, os.R_OK | os.X_OK):
@@ -74,6 +83,11 @@ def locate(path: Path) -> Path:
         refuse_adapter(path)
     if (path / METADATA).is_file():
         raise UserError(f"{path} is of torch.distributed.checkpoint, without a configuration; {configure(path)}")
+    if models := find_gguf(path):
+        if len(models) > 1:
+            names = ", ".join(shown(model.name, 60) for model in models[:4])
+            raise UserError(f"{path} holds {len(models)} models in GGUF: {names}; pass one of them")
+        return models[0]
     if shards := [found for pattern in SHARD_GLOBS for found in path.glob(pattern)]:
         raise UserError(
             f"{path} holds {shards[0].name} but no {PARAMS_FILE}; pass the folder that Meta's download made"
@@ -86,6 +100,12 @@ def locate(path: Path) -> Path:
     remedy = f"; pass {within[0]}" if within else ""
     formats = f"a Hugging Face folder (config.json) nor one of Meta's ({PARAMS_FILE})"
     raise UserError(f"{path} is neither {formats}; it holds {found}{remedy}")
+
+
+def find_gguf(folder: Path) -> list[Path]:
+    """List the GGUF files of a folder, of a model that is divided the first."""
+    found = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX and path.is_file())
+    return [path for path in found if not (part := SPLIT_NAME.fullmatch(path.name)) or int(part[2]) == 1]
 
 
 def configure(folder: Path) -> str:

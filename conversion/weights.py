@@ -1,9 +1,10 @@
-"""The table: every tensor of a Llama in Meta's format and in Hugging Face's, and what follows from it both ways.
+"""The table: every tensor of a Llama in Meta's format, Hugging Face's and GGUF, and what follows from it.
 
 Meta's shards divide a tensor along one dimension (None: each holds all of it). Rows of the query and key projections
 are ordered differently, since Meta's rotation pairs the neighbours (2i, 2i + 1) of a head's channels and Hugging
-Face's pairs (i, i + D/2). Sources: llama-models 0.3.0, models/llama3/model.py (names, and which dimension each
-parallel layer divides); transformers 4.46.3, convert_llama_weights_to_hf.py (`permute`).
+Face's pairs (i, i + D/2). GGUF has Meta's order. Sources: llama-models 0.3.0, models/llama3/model.py (names, and which
+dimension each parallel layer divides); transformers 4.46.3, convert_llama_weights_to_hf.py (`permute`); gguf 0.19.0,
+constants.py (`TENSOR_NAMES`).
 """
 
 # Shapes: H heads, D head_dim, E hidden_size
@@ -14,6 +15,7 @@ from typing import NamedTuple
 class Row(NamedTuple):
     meta: str
     hf: str
+    gguf: str | None  # None: it has no place there
     shape: tuple[str, ...]  # names of sizes, see `sizes`
     split: int | None  # the dimension that Meta's shards divide
     rotary: bool = False  # whether its rows are ordered by head in the two formats' two ways
@@ -25,31 +27,40 @@ class Row(NamedTuple):
 
 QUERY, KEY, OUT = ("query", "hidden"), ("key_value", "hidden"), ("hidden", "query")
 FFN, DOWN = ("ffn", "hidden"), ("hidden", "ffn")
+
+
+def in_layer(meta: str, hf: str, gguf: str, *facts, **more) -> Row:
+    """Name a weight of a layer, whose number stands in place of the braces."""
+    return Row(
+        f"layers.{{}}.{meta}.weight", f"model.layers.{{}}.{hf}.weight", f"blk.{{}}.{gguf}.weight", *facts, **more
+    )
+
+
 LAYER_TABLE = (
-    Row("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight", ("hidden",), None),
-    Row("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight", QUERY, 0, True, "attention_bias"),
-    Row("layers.{}.attention.wk.weight", "model.layers.{}.self_attn.k_proj.weight", KEY, 0, True, "attention_bias"),
-    Row("layers.{}.attention.wv.weight", "model.layers.{}.self_attn.v_proj.weight", KEY, 0, bias="attention_bias"),
-    Row("layers.{}.attention.wo.weight", "model.layers.{}.self_attn.o_proj.weight", OUT, 1, bias="attention_bias"),
-    Row("layers.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight", ("hidden",), None),
-    Row("layers.{}.feed_forward.w1.weight", "model.layers.{}.mlp.gate_proj.weight", FFN, 0, bias="mlp_bias"),
-    Row("layers.{}.feed_forward.w3.weight", "model.layers.{}.mlp.up_proj.weight", FFN, 0, bias="mlp_bias"),
-    Row("layers.{}.feed_forward.w2.weight", "model.layers.{}.mlp.down_proj.weight", DOWN, 1, bias="mlp_bias"),
+    in_layer("attention_norm", "input_layernorm", "attn_norm", ("hidden",), None),
+    in_layer("attention.wq", "self_attn.q_proj", "attn_q", QUERY, 0, True, "attention_bias"),
+    in_layer("attention.wk", "self_attn.k_proj", "attn_k", KEY, 0, True, "attention_bias"),
+    in_layer("attention.wv", "self_attn.v_proj", "attn_v", KEY, 0, bias="attention_bias"),
+    in_layer("attention.wo", "self_attn.o_proj", "attn_output", OUT, 1, bias="attention_bias"),
+    in_layer("ffn_norm", "post_attention_layernorm", "ffn_norm", ("hidden",), None),
+    in_layer("feed_forward.w1", "mlp.gate_proj", "ffn_gate", FFN, 0, bias="mlp_bias"),
+    in_layer("feed_forward.w3", "mlp.up_proj", "ffn_up", FFN, 0, bias="mlp_bias"),
+    in_layer("feed_forward.w2", "mlp.down_proj", "ffn_down", DOWN, 1, bias="mlp_bias"),
 )
-EMBEDDING = Row("tok_embeddings.weight", "model.embed_tokens.weight", ("vocab", "hidden"), 0)
-NORM = Row("norm.weight", "model.norm.weight", ("hidden",), None)
-OUTPUT = Row("output.weight", "lm_head.weight", ("vocab", "hidden"), 0)
+EMBEDDING = Row("tok_embeddings.weight", "model.embed_tokens.weight", "token_embd.weight", ("vocab", "hidden"), 0)
+NORM = Row("norm.weight", "model.norm.weight", "output_norm.weight", ("hidden",), None)
+OUTPUT = Row("output.weight", "lm_head.weight", "output.weight", ("vocab", "hidden"), 0)
 BIAS_KEYS = ("attention_bias", "mlp_bias")
 
-SCORE = Row("score.weight", "score.weight", ("labels", "hidden"), None)
-ANSWER = Row("qa_outputs.weight", "qa_outputs.weight", ("spans", "hidden"), None)
-# What ends a model, by the end of its class's name; only the first has a place in Meta's format.
+SCORE = Row("score.weight", "score.weight", None, ("labels", "hidden"), None)
+ANSWER = Row("qa_outputs.weight", "qa_outputs.weight", None, ("spans", "hidden"), None)
+# What ends a model, by the end of its class's name; only the first has a place in Meta's format and in GGUF.
 LANGUAGE_MODEL = "ForCausalLM"
 HEADS = {
     LANGUAGE_MODEL: (OUTPUT,),
     "ForSequenceClassification": (SCORE,),
-    "ForTokenClassification": (SCORE, Row("score.bias", "score.bias", ("labels",), None)),
-    "ForQuestionAnswering": (ANSWER, Row("qa_outputs.bias", "qa_outputs.bias", ("spans",), None)),
+    "ForTokenClassification": (SCORE, Row("score.bias", "score.bias", None, ("labels",), None)),
+    "ForQuestionAnswering": (ANSWER, Row("qa_outputs.bias", "qa_outputs.bias", None, ("spans",), None)),
     "Model": (),
 }
 BASES = {"ForQuestionAnswering": "transformer.", "Model": ""}  # in their files, for "model."
@@ -67,7 +78,7 @@ def rows(num_layers: int, embedding_split: int = 0, biases=(), head: str = LANGU
     """
     one_layer = [row for weight in LAYER_TABLE for row in (weight, bias_of(weight))[: 1 + (weight.bias in biases)]]
     layers = [
-        row._replace(meta=row.meta.format(index), hf=row.hf.format(index))
+        row._replace(meta=row.meta.format(index), hf=row.hf.format(index), gguf=row.gguf.format(index))
         for index in range(num_layers)
         for row in one_layer
     ]
@@ -81,7 +92,7 @@ def name_in_file(name: str, head: str) -> str:
 
 def bias_of(row: Row) -> Row:
     """Return the bias beside a weight."""
-    names = {key: getattr(row, key).removesuffix("weight") + "bias" for key in ("meta", "hf")}
+    names = {key: getattr(row, key).removesuffix("weight") + "bias" for key in ("meta", "hf", "gguf")}
     return row._replace(**names, shape=row.shape[:1], split=0 if row.split == 0 else None)
 
 

@@ -26,7 +26,7 @@ FLOORS = [
     ["conversion.formats.unzipped"],
     ["conversion.formats.pth"],
     ["conversion.formats.dcp"],
-    ["conversion.formats.hf", "conversion.formats.meta"],
+    ["conversion.formats.hf", "conversion.formats.meta", "conversion.formats.gguf"],
     ["conversion.hub"],
     ["conversion.opening"],
     ["conversion.plan", "conversion.info"],

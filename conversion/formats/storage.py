@@ -28,6 +28,9 @@ class Dtype(NamedTuple):
     storage: str  # torch's storage class, which stands in .pth files
     itemsize: int  # bytes per element
 
+    def bytes_of(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self.itemsize
+
 
 DTYPES = (
     Dtype("float64", "F64", "DoubleStorage", 8),
@@ -194,7 +197,7 @@ class Assembly:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.dtype.bytes_of(self.shape)
 
     def whole(self) -> np.ndarray:
         """Return all elements as one array that may be written to.

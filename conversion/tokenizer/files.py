@@ -154,24 +154,39 @@ def read_sentencepiece(path: Path):
 def build_sentencepiece(model):
     """Build the `tokenizers.Tokenizer` that gives a sentencepiece model's ids, with its begin token before every text.
 
-    As in meta-llama/Llama-2-7b-hf, tokenizer.json: a text gets a space before it, spaces are pieces' "\u2581", and what
-    has no piece is spelled in bytes.
+    Pieces are made in the order of their ids, as in meta-llama/Llama-2-7b-hf, tokenizer.json.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import processors
 
-    unknown, begin = model.id_to_piece(model.unk_id()), model.id_to_piece(model.bos_id())
-    count = model.get_piece_size()
-    vocab = {model.id_to_piece(index): index for index in range(count)}
-    apart = {index for index in range(count) if model.is_control(index) or model.is_unknown(index)}
-    words = {piece: index for piece, index in vocab.items() if index not in apart and not model.is_byte(index)}
-    tokenizer = Tokenizer(models.BPE(vocab, all_merges(words), unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([AddedToken(model.id_to_piece(index), normalized=False) for index in sorted(apart)])
-    before = {"special_tokens": [(begin, model.bos_id())]}
+    pieces = [model.id_to_piece(index) for index in range(model.get_piece_size())]
+    apart = {piece: True for index, piece in enumerate(pieces) if model.is_control(index) or model.is_unknown(index)}
+    made = {piece: i for i, piece in enumerate(pieces) if piece not in apart and not model.is_byte(i)}
+    tokenizer = build_pieces(pieces, made, apart, model.id_to_piece(model.unk_id()))
+    begin = model.id_to_piece(model.bos_id())
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", pair=f"{begin} $A {begin}:1 $B:1", **before
+        single=f"{begin} $A", pair=f"{begin} $A {begin}:1 $B:1", special_tokens=[(begin, model.bos_id())]
     )
+    return tokenizer
+
+
+def build_pieces(pieces: list[str], made: dict, apart: dict[str, bool], unknown: str, prefix: bool = True):
+    """Build the `tokenizers.Tokenizer` of a sentencepiece model's pieces: spaces in them are "\u2581", and what has no
+    piece is spelled in bytes.
+
+    Args:
+        made: pieces that smaller ones make, with what orders them.
+        apart: pieces that are found in a text before it is split, and whether they are special.
+        prefix: whether a text gets a space before it.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, all_merges(made), unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    spaces, before = normalizers.Replace(" ", "\u2581"), [normalizers.Prepend("\u2581")] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*before, spaces])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    tokenizer.add_tokens([AddedToken(piece, special=special, normalized=False) for piece, special in apart.items()])
     return tokenizer

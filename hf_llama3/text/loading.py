@@ -37,7 +37,7 @@ def load_model(
     offload_folder: Path | None = None,
     group: Group = Group(),  # noqa: B008
 ):
-    """Load a model and its tokenizer from a local folder of any format, or by its name on the Hub.
+    """Load a model and its tokenizer from a local folder of any format, a GGUF file, or by its name on the Hub.
 
     Args:
         fast: optimise the model; `quantize` ("int8", "int4") and `compile` imply it.
@@ -93,8 +93,8 @@ def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max
         where = {"device_map": placement.device_map, "offload_folder": offload_folder}
     if as_is:
         return read_folder(name, dtype, where)
-    is_meta = checkpoint.format == "meta"
-    tokenizer = load_meta_tokenizer(name, rope_factor=rope_factor) if is_meta else read_tokenizer(name, config)
+    is_hf = checkpoint.format == "hf"
+    tokenizer = read_tokenizer(name, config) if is_hf else load_meta_tokenizer(name, rope_factor=rope_factor)
     with loading(name):
         return load_checkpoint(checkpoint, dtype=dtype, **where).eval(), tokenizer
 

@@ -1,0 +1,24 @@
+"""GGUF, the one file of llama.cpp, ollama and LM Studio: read as data, and laid out.
+
+Metadata, tokenizer and tensors lie in it together. Its Llama tensors have names of their own and the order of rotary
+rows that Meta's have. Sources: ggml's docs/gguf.md; llama.cpp, ggml/src/gguf.cpp.
+"""
+
+from .blocks import Quantise, Recompute, Widen
+from .file import SPLIT_NAME, SUFFIX
+from .kinds import BY_KIND, FILE_TYPES, RECOMPUTED
+from .layout import GgufLayout
+from .opening import open_gguf
+
+__all__ = [
+    "BY_KIND",
+    "FILE_TYPES",
+    "RECOMPUTED",
+    "SPLIT_NAME",
+    "SUFFIX",
+    "GgufLayout",
+    "Quantise",
+    "Recompute",
+    "Widen",
+    "open_gguf",
+]

@@ -1,0 +1,211 @@
+"""Elements that are decoded as they are read, a few rows at a time: of quantised tensors, and of narrowed ones.
+
+What a block means is computed by llama.cpp's own package `gguf`, which the extra of that name brings.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from hf_llama3.errors import UserError
+
+from ..dcp.chunks import ByHead
+from ..storage import BY_NAME, Dtype, SourceFile, StoredTensor, to_floats
+from .kinds import Kind
+
+AT_A_TIME = 2**17  # elements, as of `cast.Cast`
+FLOAT32 = BY_NAME["float32"]
+
+
+def gguf_package(why: str):
+    """Import llama.cpp's package.
+
+    Raises:
+        UserError: it is missing.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(f'{why} takes the package gguf; pip install "hf_llama3[gguf]"') from error
+    return gguf
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedArray:
+    """Do what is done with the array of a stored tensor, of one dimension or two.
+
+    A tuple of slices cuts it and reads nothing; a slice or a list of rows gives their elements.
+    """
+
+    file: SourceFile
+    stored: np.ndarray  # a view of the file, a row of it for each row of elements
+    decode: Callable[[np.ndarray], np.ndarray]  # gives elements as unsigned integers of their width
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    columns: tuple[int, int] | None = None  # which of them, where not all
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def __getitem__(self, index):
+        if isinstance(index, tuple):
+            return self.cut(*index)
+        if isinstance(index, list):
+            return np.concatenate([self[row : row + 1] for row in index])
+        elements = self.decode(self.file.take(self.stored[index]))
+        return elements if self.columns is None else elements[:, slice(*self.columns)]
+
+    def cut(self, rows: slice, columns: slice = slice(None)) -> "DecodedArray":
+        stored = self.stored[rows]
+        if len(self.shape) == 1:
+            return DecodedArray(self.file, stored, self.decode, stored.shape, self.dtype)
+        first = self.columns[0] if self.columns else 0
+        start, stop, _ = columns.indices(self.shape[1])
+        shape = (len(stored), max(stop - start, 0))
+        return DecodedArray(self.file, stored, self.decode, shape, self.dtype, (first + start, first + stop))
+
+    def reshape(self, heads: int, *shape: int) -> ByHead:
+        """Divide the rows among heads, of which there are as many as it gives."""
+        return ByHead(self, shape)
+
+
+@dataclass(eq=False)
+class BlockTensor:
+    """Say where the blocks of a quantised tensor lie; what a `StoredTensor` does for one that is stored as it is."""
+
+    file: SourceFile
+    kind: Kind
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def dtype(self) -> Dtype:
+        return self.kind.dtype
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.file.path]
+
+    @property
+    def nbytes(self) -> int:
+        """What its elements take when they are decoded."""
+        return FLOAT32.bytes_of(self.shape)
+
+    @cached_property
+    def array(self) -> DecodedArray:
+        width = self.kind.bytes_of(self.shape[-1:])
+        stored = np.ndarray((*self.shape[:-1], width), np.uint8, self.file.bytes, self.offset)
+        return DecodedArray(self.file, stored, self.decode, self.shape, np.dtype("<u4"))
+
+    def decode(self, rows: np.ndarray) -> np.ndarray:
+        gguf = gguf_package(f"{self.kind.name} in {self.file.path}")
+        kind = gguf.GGMLQuantizationType[self.kind.name.upper()]
+        with np.errstate(all="ignore"):  # a scale may be anything that a float16 can
+            return np.ascontiguousarray(gguf.dequantize(rows, kind), "<f4").view("<u4")
+
+    def read(self) -> bytes:
+        return self.array[:].tobytes()
+
+
+@dataclass(eq=False)
+class NarrowedTensor:
+    """Give the elements of a float32 tensor in a narrower type, which holds all of them exactly."""
+
+    base: StoredTensor
+    dtype: Dtype
+
+    @property
+    def file(self) -> SourceFile:
+        return self.base.file
+
+    @property
+    def paths(self) -> list[Path]:
+        return self.base.paths
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.bytes_of(self.shape)
+
+    @cached_property
+    def array(self) -> DecodedArray:
+        kind = np.dtype(f"<u{self.dtype.itemsize}")
+        return DecodedArray(self.file, self.base.array, self.decode, self.shape, kind)
+
+    def decode(self, bits: np.ndarray) -> np.ndarray:
+        return narrow(bits, self.dtype)
+
+    def read(self) -> bytes:
+        return self.array[:].tobytes()
+
+
+def narrow(bits: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """Cut float32 elements, all given as unsigned integers, to bfloat16 or float16."""
+    if dtype.name == "bfloat16":
+        return (bits >> 16).astype("<u2")
+    with np.errstate(over="ignore"):
+        return bits.view("<f4").astype("<f2").view("<u2")
+
+
+def fits(tensor: StoredTensor, dtype: Dtype) -> bool:
+    """Tell whether a narrower type holds every element of a small float32 tensor, to the bit."""
+    bits = np.frombuffer(tensor.read(), "<u4")
+    return np.array_equal(to_floats(narrow(bits, dtype), dtype).astype("<f4").view("<u4"), bits)
+
+
+class Widen:
+    """Give elements of a type of at most 32 bits as float32, exactly."""
+
+    to = FLOAT32
+    largest_error = 0.0
+
+    def __call__(self, block: np.ndarray, stored: Dtype) -> np.ndarray:
+        return np.ascontiguousarray(to_floats(np.ascontiguousarray(block), stored), "<f4").view("<u4")
+
+
+class Quantise:
+    """Round elements to a quantised kind, by the one way that llama.cpp's package has, and keep the largest error."""
+
+    def __init__(self, kind: Kind):
+        self.to = kind
+        self.largest_error = 0.0
+        self.gguf = gguf_package(f"--dtype {kind.name}")
+        self.number = self.gguf.GGMLQuantizationType(kind.number)
+
+    def __call__(self, block: np.ndarray, stored: Dtype) -> np.ndarray:
+        """Take elements as unsigned integers of their width, whole blocks of them, and return the kind's bytes."""
+        flat = np.ascontiguousarray(block).reshape(-1)
+        return np.concatenate([self.round(flat[at : at + AT_A_TIME], stored) for at in range(0, flat.size, AT_A_TIME)])
+
+    def round(self, block: np.ndarray, stored: Dtype) -> np.ndarray:
+        before = to_floats(block, stored).astype("<f4", copy=False).reshape(-1, self.to.block)
+        if not np.isfinite(before).all():
+            raise UserError(f"--dtype {self.to.name} cannot hold {before[~np.isfinite(before)][0]}; choose f32")
+        made = self.gguf.quantize(before, self.number)
+        error = float(np.abs(self.gguf.dequantize(made, self.number) - before).max())
+        if not np.isfinite(error):
+            largest = np.abs(before).max()
+            raise UserError(f"--dtype {self.to.name} cannot hold {largest:g}, which is in the weights; choose bf16")
+        self.largest_error = max(self.largest_error, error)
+        return made.reshape(-1)
+
+
+class Recompute:
+    """Quantise elements and give them as they then are, to compare with those of a file."""
+
+    to = FLOAT32
+
+    def __init__(self, kind: Kind):
+        self.quantise = Quantise(kind)
+
+    def __call__(self, block: np.ndarray, stored: Dtype) -> np.ndarray:
+        made, quantise = self.quantise(block, stored), self.quantise
+        decoded = quantise.gguf.dequantize(made.reshape(-1, quantise.to.block_bytes), quantise.number)
+        return np.ascontiguousarray(decoded, "<f4").view("<u4").reshape(-1)
