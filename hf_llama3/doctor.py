@@ -51,12 +51,12 @@ class Report:
             wanted = f" (needed: {self.required[name]})" if self.required.get(name) else ""
             lines[name.replace("_", "-")] = (version or "missing") + wanted
         for extra, there in self.extras.items():
-            lines[f"extra {extra}"] = f"{'there' if there else 'missing'} ({EXTRAS[extra]})"
+            lines[f"extra {extra}"] = f"{'installed' if there else 'missing'} ({EXTRAS[extra]})"
         for index, device in enumerate(self.devices):
             lines[f"device {index}"] = f"{device['kind']}, {device['name']}, {free_of(device)}"
         if not self.devices:
-            lines["device"] = "none beside the CPU"
-        threads = f"{self.cpu['threads'] or 'unknown'} threads of torch"
+            lines["device"] = "the CPU; torch finds no other"
+        threads = f"threads of torch: {self.cpu['threads'] or 'unknown'}"
         lines["CPU"] = f"{self.cpu['name']}, {self.cpu['cores']} cores, {threads}"
         lines["instructions"] = ", ".join(self.cpu["instructions"]) or "unknown"
         lines["memory"] = free_of(self.memory)

@@ -157,6 +157,9 @@ def test_train_and_card(tmp_path):
     )
     assert report["steps"] == 3 and report["vocab_size"] == 530
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+    options = ["--from", tmp_path / "out", "--text", tmp_path / "text.txt", "--steps", 2, "--context", 16]
+    table = run("train", *options, "--output", tmp_path / "again").stdout
+    assert "continued from   out\n" in table and " before, in nats per token\n" in table
     card = run("card", tmp_path / "out", "--print").stdout
     assert card.startswith("---\nlicense: mit\n") and "3 steps of" in card
     run("card", tmp_path / "out", "--license", "apache-2.0", "--output", tmp_path / "card.md")

@@ -47,8 +47,8 @@ def test_what_is_here():
     printed = run("doctor").stdout
     table = lines(printed)
     assert table["torch"] == f"{metadata.version('torch')} (needed: {found['required']['torch']})"
-    assert table["extra plot"].startswith("there (pictures") and "Problem" not in printed
-    assert table["CPU"] == f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads of torch"
+    assert table["extra plot"].startswith("installed (pictures") and "Problem" not in printed
+    assert table["CPU"] == f"{cpu['name']}, {cpu['cores']} cores, threads of torch: {cpu['threads']}"
     assert cpu["name"] == processor.here().name and cpu["cores"] == processor.cores()
 
 
@@ -76,7 +76,7 @@ def test_torch_that_cannot_be_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # importing it raises
     result = run("doctor", code=1)
     assert "Problem: torch cannot be imported (import of torch halted" in result.stdout
-    assert f"{processor.name_here()}, {processor.cores()} cores, unknown threads of torch" in result.stdout
+    assert f"{processor.name_here()}, {processor.cores()} cores, threads of torch: unknown" in result.stdout
     assert lines(result.stdout)["instructions"] == "unknown"
 
 

@@ -7,7 +7,7 @@ import typer
 
 from .app import command
 from .options import JsonFlag
-from .printing import print_json, print_list, print_table
+from .printing import print_json, print_list, print_next, print_table
 
 GROUP = "Begin"
 
@@ -39,5 +39,7 @@ def doctor(as_json: JsonFlag = False):
         print_table(report.table())
         print_list("Optional", report.advice)
         print_list("Problem", report.problems)
+        if report.ok:
+            print_next("quickstart")
     if not report.ok:
         raise typer.Exit(1)

@@ -73,7 +73,10 @@ def inspect(
     print()
     print_list("Inferred", inferred)
     if placement:
-        print_table(placement.table())
+        print("\nWhere the layers go:")
+        lines = {shown(name): shown(line) for name, line in placement.table().items()}
+        for name, line in lines.items():
+            print(f"  {name:<{max(map(len, lines))}} {line}")
     if not loads_as_is:
         print_next("convert", path, "converted", "--to", "hf")
     elif info["head"] == "ForCausalLM":
@@ -108,13 +111,18 @@ def convert(
         str | None, TARGET_OPTION(help="Size of the largest safetensors file.", show_default="5GB")
     ] = None,
     rope_factor: Annotated[
-        float | None, SOURCE_OPTION(help="RoPE scaling factor of a Meta directory that does not say it.")
+        float | None,
+        SOURCE_OPTION(help="RoPE scaling factor, where a Meta directory does not say it (3.1: 8, 3.2: 32)."),
     ] = None,
     llama_version: Annotated[
         str | None, SOURCE_OPTION(help="Version (2, 3.0, 3.1, 3.2 or 3.3), where the inferred one is wrong.")
     ] = None,
     instruct: Annotated[
-        bool | None, SOURCE_OPTION("--instruct/--base", help="Whether a Meta checkpoint was tuned for dialogue.")
+        bool | None,
+        SOURCE_OPTION(
+            "--instruct/--base",
+            help="Whether a Meta checkpoint was tuned for dialogue: adds chat template and stop tokens.",
+        ),
     ] = None,
     dry_run: Annotated[bool, RUN_OPTION("--dry-run", help="Check and plan everything, write nothing.")] = False,
     overwrite: OverwriteFlag = False,

@@ -9,7 +9,7 @@ from hf_llama3.errors import UserError
 
 from .app import command
 from .options import SPEED, CompileFlag, DtypeOption, JsonFlag, ModelArgument, QuantizeOption, RopeOption
-from .printing import print_json, print_table
+from .printing import print_json, print_next, print_table, size
 
 GROUP = "Measure"
 
@@ -32,8 +32,21 @@ def bench(
     from hf_llama3.text.loading import load_model
 
     loaded, _ = load_model(model, dtype, rope_factor, optimize, quantize, compile, progress=True)
-    report = bench(loaded, prompt_tokens, new_tokens, batch_size).to_dict()
-    print_json(report) if as_json else print_table(report)
+    report = bench(loaded, prompt_tokens, new_tokens, batch_size)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    print_table(
+        {
+            "device": f"{report.device}, threads: {report.threads}",
+            "weights": size(report.weight_gigabytes * 1e9),
+            "prompts": f"{batch_size} of {prompt_tokens:,} tokens",
+            "prefill": f"{report.prefill_tokens_per_second:,} tokens/s",
+            "decode": f"{report.tokens_per_second:,} tokens/s, {report.milliseconds_per_token} ms a step",
+            "memory": f"is read at {report.read_gigabytes_per_second} GB/s, weights in a step at "
+            f"{report.share_of_read:.0%} of that",
+        }
+    )
 
 
 @command("hf-llama3 evaluate llama-3-8b --text held-out.txt", GROUP)
@@ -66,4 +79,10 @@ def evaluate(
     report = evaluate(loaded, tokenizer, text, context, progress=True)
     if keep:
         record(report, benchmark)
-    (print_json if as_json else print_table)(report.to_dict())
+    if as_json:
+        print_json(report.to_dict())
+        return
+    units = {"loss": f"{report.loss:.4f} nats per token", "context": f"{report.context:,} tokens"}
+    print_table(report.to_dict() | units)
+    if keep:
+        print_next("card", model)

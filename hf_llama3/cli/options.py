@@ -45,7 +45,9 @@ QuantizeOption = Annotated[
     SPEED(help=f"Quantise the weights to {' or '.join(QUANTIZATIONS)} (on a CPU).", **one_of(*QUANTIZATIONS)),
 ]
 CompileFlag = Annotated[bool, SPEED("--compile", help="Compile the decode step first, which takes about a minute.")]
-RopeOption = Annotated[float | None, typer.Option(help="RoPE scaling factor of a Meta directory that does not say it.")]
+RopeOption = Annotated[
+    float | None, typer.Option(help="RoPE scaling factor, where a Meta directory does not say it (3.1: 8, 3.2: 32).")
+]
 MaxNewOption = Annotated[int, typer.Option(help="Generate at most this many tokens for a prompt.")]
 TemperatureOption = Annotated[float, typer.Option(help="Sampling temperature; 0 decodes greedily.")]
 TopPOption = Annotated[

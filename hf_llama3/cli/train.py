@@ -36,10 +36,10 @@ def train(
         DATA(help="char, bpe:N for N tokens, or a folder with a tokenizer.", **usual("tokenizer")),
     ] = None,
     validation_share: Annotated[
-        float | None, DATA(help="Share of the text that measures the model.", **usual("validation_share"))
+        float | None, DATA(help="Share of the text that validates, held out of training.", **usual("validation_share"))
     ] = None,
     test_share: Annotated[
-        float | None, DATA(help="Share of the text that is used once, at the end.", **usual("test_share"))
+        float | None, DATA(help="Share of the text that tests, once, after training.", **usual("test_share"))
     ] = None,
     source: Annotated[str | None, MODEL("--from", help="Folder of a model to continue from.")] = None,
     lora: Annotated[int | None, MODEL(help="Train LoRA adapters of this rank instead of the weights.")] = None,
@@ -100,16 +100,29 @@ def train(
 
     if license is not None:
         check_license(license)  # before hours of training
-    report = train(text, output, settings, resume, progress=True).to_dict()
+    report = train(text, output, settings, resume, progress=True)
     if not is_first_process():
         return
     if license is not None:
         write_card(output / "README.md", build_card(output, license))
     if as_json:
-        print_json(report)
+        print_json(report.to_dict())
         return
-    report.pop("curves")
-    notes = report.pop("notes")
-    print_table(report)
-    print_list("Note", notes)
+    before, after = f"{report.first_loss:.3f} before", f"{report.validation_loss:.3f} at step {report.best_step}"
+    print_table(
+        {
+            "output": report.output,
+            "continued from": report.source,
+            "text": f"{report.text}, of which {report.tokens:,} tokens train",
+            "model": f"{report.num_parameters:,} parameters; {report.vocab_size:,} tokens in the vocabulary, "
+            f"{report.context:,} in the context",
+            "steps": f"{report.steps:,}, of {report.batch_size} windows; learning rate {report.learning_rate}, seed "
+            f"{report.seed}",
+            "validation loss": f"{after}, {before}, in nats per token",
+            "test loss": report.test_loss,
+            "speed": f"{report.tokens_per_second:,.0f} tokens/s",
+            "seconds": report.seconds,
+        }
+    )
+    print_list("Note", report.notes)
     print_next("generate", output, "Once upon a time", "--temperature", "0.8")

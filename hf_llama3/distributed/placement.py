@@ -52,10 +52,10 @@ class Placement:
         for run in runs:
             several = run["stack"] and not run["name"].endswith(f".{run['last']}")
             name = f"{run['name']} to {run['last']}" if several else run["name"] or "the whole model"
-            lines[name] = f"{device_name(run['device'])}, {run['bytes']:,} bytes"
+            lines[name] = f"{run['bytes']:>15,} bytes on {device_name(run['device'])}"
         for device, size in self.device_bytes.items():
             limit = self.max_memory.get(device)
-            lines[f"on {device}"] = f"{size:,} bytes" + (f" of {limit:,}" if limit is not None else "")
+            lines[f"{device} together"] = f"{size:>15,} bytes" + (f" of {limit:,}" if limit is not None else "")
         return lines
 
 

@@ -115,8 +115,8 @@ def test_inspect_shows_the_plan(folders, tmp_path):
     check_whole_layers(placement["device_map"])
 
     _, out, _ = call("inspect", path, *options, "--plot", tmp_path / "plan.png")
-    assert re.search(r"model\.layers\.\d to 5 +disk, [\d,]+ bytes", out)
-    assert re.search(r"on cpu +[\d,]+ bytes of [\d,]+", out)
+    assert re.search(r"model\.layers\.\d to 5 +[\d,]+ bytes on disk", out)
+    assert re.search(r"cpu together +[\d,]+ bytes of [\d,]+", out)
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -12,6 +12,7 @@ from command_line import refuse, run
 from small import make_model
 from transformers import AutoTokenizer
 
+from hf_llama3.cli.printing import size
 from hf_llama3.cpu import processor
 from hf_llama3.training.tokenizer import character_tokenizer
 
@@ -106,6 +107,7 @@ def test_bench(talker):
     assert report["share_of_read"] == pytest.approx(read / report["read_gigabytes_per_second"], rel=0.05)
     assert 0 < report["share_of_read"] < 2 and report["prefill_tokens_per_second"] > 0
     assert report["device"] == processor.here().name and report["threads"] == processor.threads()
+    assert f"weights  {size(report['weight_gigabytes'] * 1e9)}\n" in run(*arguments).stdout
     assert "must fit the model's context of 4096, got 4000 and 100" in refuse(
         "bench", talker, "--prompt-tokens", 4000, "--new-tokens", 100
     )
