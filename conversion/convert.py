@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_llama3.errors import UserError
-from hf_llama3.files.atomic import check_target, clear, files_in, finish, staging, sync, write_files
+from hf_llama3.files.atomic import check_target, clear, files_in, finish, place_of, staging, sync, write_files
 from hf_llama3.files.hashes import CHECKLIST, CHECKSUMS, check_sums, format_sums, hash_file, read_sums
 from hf_llama3.files.progress import byte_bar
 from hf_llama3.files.reading import refuse_links
@@ -101,7 +101,7 @@ def convert(
         UserError: for whatever a user can cause; the target is then as it was.
     """
     started = time.perf_counter()
-    target = Path(target).resolve()
+    target = place_of(target)
     checkpoint = open_checkpoint(source, rope_factor, llama_version, instruct)
     if checkpoint.hf_tokenizer is not None:
         refuse_links(checkpoint.hf_tokenizer, tokenizer_paths(checkpoint.hf_tokenizer).values())

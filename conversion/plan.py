@@ -1,9 +1,10 @@
 """What a conversion will read, write and need, worked out before it starts."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 from hf_llama3.files.json import to_json
 from hf_llama3.remote_code import code_files
 
@@ -223,8 +224,8 @@ def check_divisible(source: Checkpoint, mp: int):
 
 def parse_size(text: str) -> int:
     """Return the bytes that a size such as "5GB" or "200MiB" means."""
-    for unit, factor in sorted(UNITS.items(), key=lambda entry: -len(entry[0])):
-        number = text.strip().upper().removesuffix(unit.upper())
-        if number != text.strip().upper() and number.strip().isdigit() and int(number) > 0:
-            return int(number) * factor
-    raise UserError(f"--max-shard-size must be a number with one of {sorted(UNITS)}, got {text!r}")
+    factors = {unit.upper(): factor for unit, factor in UNITS.items()}
+    match = re.fullmatch(r"\s*0*([1-9][0-9]{0,11})\s*([A-Za-z]{2,3})\s*", text)
+    if match and match[2].upper() in factors:
+        return int(match[1]) * factors[match[2].upper()]
+    raise UserError(f"--max-shard-size must be a number with one of {sorted(UNITS)}, got {quoted(text)}")

@@ -15,7 +15,7 @@ from hf_llama3.files.atomic import system_errors, write_file
 from hf_llama3.files.facts import CURVES_FILE, __version__
 from hf_llama3.files.hashes import CHECKSUMS, HEX_DIGITS, hash_file, read_sums
 from hf_llama3.files.progress import byte_bar
-from hf_llama3.files.reading import read_text
+from hf_llama3.files.reading import check_file, read_text
 from hf_llama3.presets import VOCAB_SIZE
 from hf_llama3.remote_code import CODE_FILES, carries_code
 
@@ -194,6 +194,9 @@ def tokenizer_of(folder: Path, config: dict) -> str | None:
 def files_of(folder: Path, info: CheckpointInfo, progress: bool) -> list[tuple[str, int, str]]:
     """List (name, bytes, SHA-256) of the model's files; a file newer than the list of hashes is hashed again."""
     paths = [path for path in (folder / name for name in sorted({*info.files, *HASHED})) if path.is_file()]
+    for path in paths:
+        if path.name in HASHED:
+            check_file(path)
     sums, listed = {}, folder / CHECKSUMS
     if listed.exists():
         known, made = read_sums(listed), listed.stat().st_mtime

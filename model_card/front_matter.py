@@ -14,6 +14,7 @@ from hf_llama3.errors import UserError, words_of
 from .licenses import IDENTIFIERS
 
 REPOSITORY = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
+MOST_CHARACTERS = 2**18  # of front matter, which takes Python's reader three seconds
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 LISTED = "|".join(map(re.escape, IDENTIFIERS))
 # Key -> (pattern of each value, whether several are allowed, description for an error)
@@ -31,6 +32,16 @@ RULES = {
 }
 
 
+class Loader(yaml.SafeLoader):
+    """Read YAML in which nothing refers to anything: sixty lines of references can mean 2^60 values."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "a value must stand where it is meant, got a reference", mark)
+        return super().compose_node(parent, index)
+
+
 def split_card(content: str) -> tuple[str | None, str]:
     """Split a card into its front matter (without the lines of dashes; None if it has none) and the rest."""
     match = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", content, re.DOTALL | re.MULTILINE)
@@ -46,8 +57,12 @@ def read_front_matter(content: str, path: Path) -> dict:
     text, _ = split_card(content)
     if text is None:
         return {}
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(f"{path} must have front matter of at most {MOST_CHARACTERS} characters, got {len(text)}")
+    loader = Loader(text)
     try:
-        node, value = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        node = loader.get_single_node()
+        value = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or words_of(error)

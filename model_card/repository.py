@@ -13,7 +13,7 @@ from hf_llama3.errors import UserError, words_of
 from hf_llama3.files.facts import CURVES_FILE, EVALUATIONS, TRAINING_FACTS
 from hf_llama3.files.hashes import CHECKSUMS, check_sums
 from hf_llama3.files.json import read_json
-from hf_llama3.files.reading import leads_outside
+from hf_llama3.files.reading import leads_outside, read_file
 from hf_llama3.remote_code import AUTO_MAP, CODE_FILES, carries_code, code_files
 
 from .card import CARD, version_of
@@ -95,7 +95,7 @@ def check_code(folder: Path):
     for name, content in code_files().items():
         if not (folder / name).is_file():
             raise UserError(f"{folder} lacks {name}, which its type llama3 needs; {again}")
-        if (folder / name).read_bytes() != content:
+        if read_file(folder / name) != content:
             raise UserError(f"{folder / name} is not the one of this package; {again}")
     if read_json(folder / "config.json").get("auto_map") != AUTO_MAP:
         raise UserError(f"`auto_map` in {folder / 'config.json'} does not name all classes of its code; {again}")
@@ -124,7 +124,7 @@ def check_place(folder: Path, path: Path):
 
 def check_secrets(path: Path):
     """Refuse a text that holds what looks like a secret, without printing it."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_file(path).splitlines(), start=1):
         for what, pattern in SECRETS.items():
             if re.search(pattern, line):
                 raise UserError(f"{path}, line {number}, holds what looks like {what}; remove it, and make it invalid")
@@ -140,7 +140,7 @@ def notes_on(folder: Path, repo_id: str, info: CheckpointInfo, terms: list[MetaL
         asks = f"{one.name}'s licence asks"
         if not any(folder.glob("LICENSE*")):
             notes.append(f"{asks} for a copy of its text beside the weights, as LICENSE: {one.link}")
-        if (folder / NOTICE).exists() and one.notice not in (folder / NOTICE).read_text("utf-8", "replace"):
+        if (folder / NOTICE).exists() and one.notice not in read_file(folder / NOTICE).decode("utf-8", "replace"):
             notes.append(f"{asks} for this line in {NOTICE}: {one.notice}")
         name = repo_id.split("/")[-1].removeprefix("Meta-").replace("-", " ")
         if not name.lower().startswith(one.prefix.lower()):

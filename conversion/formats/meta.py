@@ -31,12 +31,12 @@ from .names import settle
 from .pth import read_parts, read_pth
 from .safetensors import read_safetensors
 from .storage import StoredTensor
-from .torch_files import find_torch_files
+from .torch_files import find_torch_files, first_missing
 
 PARAMS_FILE = "params.json"
 UNTOLD = "no file of Meta's says; an Instruct model needs --instruct, or it has no chat template and does not stop"
 SHARD_GLOBS = ("*.pth", "consolidated*.safetensors", "consolidated.*/")
-SHARD_NAME = re.compile(r"consolidated(?:\.(\d+))?(?:\.pth|\.safetensors)?")  # a shard, or its folder of parts
+SHARD_NAME = re.compile(r"consolidated(?:\.(\d{1,9}))?(?:\.pth|\.safetensors)?")  # a shard, or its folder of parts
 
 
 def open_meta(folder: Path, rope_factor: float | None, llama_version: str | None, instruct: bool | None) -> Checkpoint:
@@ -155,11 +155,9 @@ def find_shards(folder: Path) -> list[Path]:
             if index in found:
                 raise UserError(f"{folder} holds shard {index} twice: {found[index].name} and {path.name}; remove one")
             found[index] = path
-    if missing := set(range(max(found, default=-1) + 1)) - found.keys():
-        count = max(found) + 1
-        raise UserError(
-            f"{folder} lacks shard {min(missing)} of {count} (consolidated.{min(missing):02d}.pth); download it"
-        )
+    last = max(found, default=-1)
+    if (missing := first_missing(found.keys(), 0, last)) is not None:
+        raise UserError(f"{folder} lacks shard {missing} of {last + 1} (consolidated.{missing:02d}.pth); download it")
     return [found[index] for index in sorted(found)]
 
 

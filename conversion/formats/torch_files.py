@@ -1,6 +1,7 @@
 """The files of `torch.save` that hold a model's weights, found among those that training leaves beside them."""
 
 import re
+from collections.abc import Set
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ SUFFIXES = (".pt", ".pth", ".bin")
 # The states of runs, and adapters; not the model's weights.
 OTHERS = ("optim*", "sched*", "rng_state*", "random_states*", "recipe_state*", "training_args*", "adapter*", "scaler*")
 TORCHTUNE = re.compile(r"(?P<stem>hf_model|meta_model)(?:_(?P<part>\d+))?_(?P<epoch>\d+)\.pt")
-NUMBERED = re.compile(r"(?P<stem>.+)[_-](?P<part>\d+)-of-(?P<total>\d+)(?:_(?P<epoch>\d+))?\.\w+")
+NUMBERED = re.compile(r"(?P<stem>.+)[_-](?P<part>\d{1,9})-of-(?P<total>\d{1,9})(?:_(?P<epoch>\d{1,9}))?\.\w+")
 
 
 class Found(NamedTuple):
@@ -39,9 +40,14 @@ def find_torch_files(folder: Path, remedy: str = "move the others elsewhere") ->
         names = ", ".join(shown(one.path.name, 60) for one in found[:4])
         raise UserError(f"{folder} holds {names}, which have no common name; {remedy}")
     for one in found:
-        if one.total is not None and (missing := set(range(1, one.total + 1)) - {other.part for other in found}):
-            raise UserError(f"{folder} lacks part {min(missing)} of {one.total} of {one.stem}; download it")
+        if one.total is not None and (missing := first_missing({other.part for other in found}, 1, one.total)):
+            raise UserError(f"{folder} lacks part {missing} of {one.total} of {shown(one.stem)}; download it")
     return [one.path for one in found]
+
+
+def first_missing(found: Set[int], first: int, last: int) -> int | None:
+    """Return the first number of a range that is not among those found; names may say any number."""
+    return next((number for number in range(first, min(last, first + len(found)) + 1) if number not in found), None)
 
 
 def is_weights(path: Path) -> bool:

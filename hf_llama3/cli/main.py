@@ -42,6 +42,10 @@ def main():
         sys.exit(code)
     except UserError as error:
         sys.exit(fail(str(error)))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(fail(f"{error.filename} cannot be used ({error.strerror}); mend that, or name another"))
     except UsageError as error:
         sys.exit(fail(describe(error)))
     except typer.Abort:

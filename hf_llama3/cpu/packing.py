@@ -17,7 +17,7 @@ from hf_llama3.conversion.opening import open_checkpoint
 from hf_llama3.conversion.plan import DEFAULT_SHARD_SIZE, divide, hf_small_files, parse_size
 from hf_llama3.conversion.weights import EMBEDDING, OUTPUT, Row
 from hf_llama3.errors import UserError
-from hf_llama3.files.atomic import check_target, clear, files_in, finish, staging, sync, write_files
+from hf_llama3.files.atomic import check_target, clear, files_in, finish, place_of, staging, sync, write_files
 from hf_llama3.files.progress import byte_bar
 
 from . import QUANTIZATIONS
@@ -68,7 +68,7 @@ def pack_model(
     started = time.perf_counter()
     if quantize not in (None, *QUANTIZATIONS):
         raise UserError(f"--quantize must be one of {QUANTIZATIONS}, got {quantize!r}")
-    target, checkpoint = Path(target).resolve(), open_checkpoint(source, rope_factor)
+    target, checkpoint = place_of(target), open_checkpoint(source, rope_factor)
     checkpoint.require_language_model()
     if quantize is None and checkpoint.dtype != PLAIN:
         raise UserError(f"weights to pack must be {PLAIN}, got {checkpoint.dtype}; convert --dtype, or add --quantize")

@@ -19,8 +19,9 @@ from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.conversion.checkpoint import Checkpoint
 from hf_llama3.conversion.hub import described
 from hf_llama3.conversion.opening import open_checkpoint
-from hf_llama3.errors import UserError, words_of
+from hf_llama3.errors import UserError, quoted, words_of
 from hf_llama3.files.atomic import system_errors
+from hf_llama3.files.json import parse_json
 from hf_llama3.files.picture import draw_bars
 
 from . import DEVICE_MAPS
@@ -130,9 +131,10 @@ def read_memory(given: dict | str | None) -> dict | None:
     Raises:
         UserError: it is neither.
     """
-    wanted = f"--max-memory must be sizes by device, as '{json.dumps({'0': '20GiB', 'cpu': '60GiB'})}', got {given!r}"
+    example = json.dumps({"0": "20GiB", "cpu": "60GiB"})
+    wanted = f"--max-memory must be sizes by device, as '{example}', got {quoted(given)}"
     try:
-        sizes = json.loads(given) if isinstance(given, str) else given
+        sizes = parse_json(given.encode("utf-8", "surrogatepass")) if isinstance(given, str) else given
         if sizes is None:
             return None
         memory = {}

@@ -26,6 +26,25 @@ RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100  # linux/fcntl.h: names are relative to the working directory
 
 
+def place_of(target) -> Path:
+    """Return where a target will stand, whatever links lead there.
+
+    Raises:
+        UserError: nothing can stand there: a loop of links, a name that is too long, the root.
+    """
+    try:
+        place = Path(target).resolve()
+        if not place.name:
+            raise UserError(f"{target} is where all folders begin; name one that can be made")
+        for path in (staging_of(place), replaced_by(place)):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path.lstat()
+    except (OSError, RuntimeError) as error:  # the second until Python 3.13, where links lead in a circle
+        reason = getattr(error, "strerror", None) or "its links lead in a circle"
+        raise UserError(f"{target} cannot be made ({reason}); name another place") from error
+    return place
+
+
 def check_target(source: Path, target: Path, needed: int, overwrite: bool) -> int:
     """Return the free bytes on the target's disk.
 

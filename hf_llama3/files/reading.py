@@ -36,13 +36,16 @@ def max_bytes(path: Path) -> int:
     return next(size for pattern, size in MAX_BYTES.items() if fnmatch(path.name, pattern))
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, at_most: int | None = None) -> bytes:
     """Read a small file whole.
+
+    Args:
+        at_most: bytes, where it is none of `MAX_BYTES`.
 
     Raises:
         UserError: it cannot be read, is no regular file, or is larger than `MAX_BYTES` allows.
     """
-    limit = max_bytes(path)
+    limit = max_bytes(path) if at_most is None else at_most
     try:
         # Without blocking: opening a pipe would wait for its writer.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))

@@ -10,9 +10,11 @@ import torch
 from hf_llama3.cpu.optimization import quantization_of
 from hf_llama3.errors import UserError
 from hf_llama3.files.progress import bar
+from hf_llama3.files.reading import read_file
 from hf_llama3.text.completion import check_range
 
 LARGEST_CONTEXT = 2048  # tokens, if `context` is omitted: a longer one takes longer and predicts better
+MOST_BYTES = 2**26  # of a text, which is cut into tokens as one
 POSITIONS_AT_A_TIME = 256  # whose logits are in memory together: 128 MiB of Llama 3's vocabulary in float32
 
 
@@ -52,8 +54,8 @@ def evaluate(model, tokenizer, text, context: int | None = None, progress: bool 
     context = min(window, LARGEST_CONTEXT) if context is None else context
     check_range("--context", context, 1, window)
     try:
-        content = text.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_file(text, MOST_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise UserError(f"{text} cannot be read: {error}; pass a text file in UTF-8") from error
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = (
         True  # the windows below are shorter

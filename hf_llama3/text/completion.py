@@ -10,6 +10,7 @@ from hf_llama3.errors import UserError, quoted
 
 from . import MAX_NEW_TOKENS
 
+MOST_OF_A_STOP = 256  # characters of a text that ends a completion: every token is looked for at each of them
 PREFILL_CHUNK = 2048  # prompt tokens computed at a time: bounded memory, and matrices large enough to be fast
 
 
@@ -138,11 +139,13 @@ class StopTexts(StoppingCriteria):
     """Stop a row at the first of some texts and remember its end: `generate` fills the row until the longest has ended.
 
     Raises:
-        UserError: in `__init__`, the library cannot tell what the tokenizer's tokens spell.
+        UserError: in `__init__`, a text is too long, or the library cannot tell what the tokenizer's tokens spell.
     """
 
     def __init__(self, tokenizer, texts: list[str] | None):
         self.ends = {}  # row -> its tokens, prompt included
+        if (longest := max(map(len, texts or []), default=0)) > MOST_OF_A_STOP:
+            raise UserError(f"--stop must be at most {MOST_OF_A_STOP} characters, got {longest}; shorten it")
         try:
             self.criterion = StopStringCriteria(tokenizer, texts) if texts else None
         except ValueError as error:  # the library expects Latin letters in what it decodes

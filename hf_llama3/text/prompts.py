@@ -22,6 +22,7 @@ from .completion import Completion, check_lengths, check_rows, check_sampling, g
 SETTINGS_FILE, LINES_FILE = "settings.json", "completions.jsonl"
 BATCHES_AT_A_TIME = 4  # batches for each process, among which prompts of similar length are put together
 LINES_AT_A_TIME = 1024  # prompts whose lengths are checked together
+MOST_OF_A_LINE = 2**21  # characters; a context of 131,072 tokens holds 0.6 million of a usual text
 
 
 @dataclass
@@ -182,8 +183,8 @@ def check_prompts(model, tokenizer, prompts, job: Job, batch_size: int, group: G
 
 def count_prompts(model, tokenizer, prompts: list[str] | Path, job: Job) -> int:
     """Count the prompts, and check that each fits."""
-    lines, total = read_prompts(prompts), 0
-    while some := list(itertools.islice(lines, LINES_AT_A_TIME)):
+    total = 0
+    for some in group_lines(read_prompts(prompts)):
         rows = tokenize(tokenizer, some)
         check_rows(model, tokenizer, rows)
         lengths = [len(ids) for ids in rows]
@@ -195,18 +196,37 @@ def count_prompts(model, tokenizer, prompts: list[str] | Path, job: Job) -> int:
     return total
 
 
+def group_lines(lines: Iterator[str]) -> Iterator[list[str]]:
+    """Yield lines a few at a time: as many as have `MOST_OF_A_LINE` characters together, and one that has as many."""
+    some, length = [], 0
+    for line in lines:
+        if some and (len(some) == LINES_AT_A_TIME or length + len(line) > MOST_OF_A_LINE):
+            yield some
+            some, length = [], 0
+        some.append(line)
+        length += len(line)
+    if some:
+        yield some
+
+
 def read_prompts(prompts: list[str] | Path) -> Iterator[str]:
     """Yield each of some prompts, or each line of a file in UTF-8.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or a line is longer than any model's context.
     """
     if not isinstance(prompts, Path):
         yield from prompts
         return
     try:
         with open(prompts, encoding="utf-8") as file:
-            for line in file:
+            for number in itertools.count(1):
+                line = file.readline(MOST_OF_A_LINE + 2)
+                if not line:
+                    return
+                if len(line.removesuffix("\n")) > MOST_OF_A_LINE:
+                    rule = f"must be at most {MOST_OF_A_LINE} characters, got more"
+                    raise UserError(f"line {number} of {prompts} {rule}; divide it into prompts")
                 yield line.removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{prompts} cannot be read: {error}") from error

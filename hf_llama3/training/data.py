@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 from torch.utils.data import Dataset
 
 from hf_llama3.errors import UserError
+from hf_llama3.files.progress import byte_bar
+from hf_llama3.files.reading import require_file
 
 READ_BYTES = 2**20
-LONGEST_LINE = 2**24  # characters; what is longer is cut anywhere
+LONGEST_LINE = 2**20  # characters; what is longer is cut anywhere: nothing is seen while a piece is made tokens
 IGNORED = -100  # the label of a position that does not count
 
 
@@ -31,17 +34,19 @@ class Text:
         return range(first), range(first, second), range(second, self.length)
 
 
-def survey(path: Path, progress: Callable[[int], None] = lambda count: None) -> Text:
-    """Read a text file through once; `progress` is called with numbers of bytes.
+def survey(path: Path, progress: bool = False) -> Text:
+    """Read a text file through once; `progress` shows a bar.
 
     Raises:
         UserError: it is missing, in another encoding, or holds no text.
     """
     length, digest, blank = 0, hashlib.sha256(), True
-    for piece in read_pieces(path, progress):
-        length += len(piece)
-        digest.update(piece.encode())
-        blank = blank and not piece.strip()
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    with byte_bar("reading", size, progress) as bar:
+        for piece in read_pieces(path, bar.update):
+            length += len(piece)
+            digest.update(piece.encode())
+            blank = blank and not piece.strip()
     if blank:
         raise UserError(f"{path} must hold text, got {length} characters of white space; choose another file")
     return Text(path, length, digest.hexdigest())
@@ -55,6 +60,7 @@ def read_pieces(path: Path, progress: Callable[[int], None] = lambda count: None
     """
     decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
     try:
+        require_file(path)  # it is read several times
         with open(path, "rb") as file:
             while chunk := file.read(READ_BYTES):
                 waiting = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut

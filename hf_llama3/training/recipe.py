@@ -107,7 +107,7 @@ def train(
     # Data and tokenizer: the first process writes them, all map the same files
     with run_errors(output), arguments.main_process_first(local=False):
         if is_first:
-            surveyed = survey(text)
+            surveyed = survey(text, progress)
             with start_run(output, surveyed, settings, resume):
                 prepare(surveyed, output, settings, source_tokenizer, progress)
                 if source is None:

@@ -1,5 +1,7 @@
 """The tokenizer of a training run: its characters, a byte-level BPE trained on the text, or one from a folder."""
 
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,12 @@ from hf_llama3.conversion.tokenizer.bpe import (
     tokenizer_kind,
 )
 from hf_llama3.conversion.tokenizer.files import PORTABLE_CLASS, TOKENIZER_MODEL, copy_files
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 from hf_llama3.files.json import to_json
 
 VERSION = "3.1"  # whose special tokens a new tokenizer gets: the first with one for padding
 NUM_BYTES = 256  # every byte is a token, so that any text can be encoded
+MOST_TOKENS = 2**20  # room for all of them is taken before the first is found
 UNKNOWN = "<unk>"  # what a tokenizer of characters makes of one that it has not met
 
 
@@ -64,11 +67,12 @@ def make_tokenizer(kind: str, pieces: Iterable[str], context: int) -> TextTokeni
     name, _, size = kind.partition(":")
     if kind == "char":
         return character_tokenizer(pieces, context)
-    if name == "bpe" and size.isascii() and size.isdecimal():
+    if name == "bpe" and re.fullmatch("0*[0-9]{1,12}", size):
         return tiktoken_tokenizer(train_bpe(pieces, int(size)), context)
-    if Path(kind).is_dir():
+    if os.path.isdir(kind):  # where nothing can have such a name, there is none
         return read_tokenizer(Path(kind), context)
-    raise UserError(f"--tokenizer must be char, bpe:N with a number of tokens, or a folder with one, got {kind!r}")
+    kinds = "char, bpe:N with a number of tokens, or a folder with one"
+    raise UserError(f"--tokenizer must be {kinds}, got {quoted(kind)}")
 
 
 def character_tokenizer(pieces: Iterable[str], context: int) -> TextTokenizer:
@@ -109,11 +113,13 @@ def train_bpe(pieces: Iterable[str], vocab_size: int) -> list[bytes]:
         vocab_size: tokens in all, with the 256 special ones that every Llama 3 has after its ranks.
 
     Raises:
-        UserError: the vocabulary is too small.
+        UserError: the vocabulary is too small, or too large.
     """
     smallest = NUM_BYTES + NUM_SPECIAL_TOKENS
     if vocab_size < smallest:
         raise UserError(f"bpe:N must have at least {smallest} tokens (bytes and special tokens), got {vocab_size}")
+    if vocab_size > MOST_TOKENS:
+        raise UserError(f"bpe:N must have at most {MOST_TOKENS} tokens, got {vocab_size}; Llama 3 has 128,256")
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -39,7 +39,7 @@ def test_what_is_right():
         ("license: other\n", "line 2: `license: other` needs `license_name`"),
         ("license: mit\nlicense: mit\n", "line 3: `license` stands in line 2 already"),
         ("license: mit\ntags: [a\n", "line 4: .*; mend the YAML there"),
-        ("license: mit\nlanguage: &a [&b [*a, *b]]\n", "line 3: `language` must be a code such as en, got list"),
+        ("license: mit\nlanguage: &a [&b [*a, *b]]\n", "line 3: a value must stand where it is meant, got a reference"),
         ("- license\n", "line 2: front matter must be keys with values, got list"),
         ("tags:\n- a\n", "has no `license` in its front matter"),
         ("", "has no `license` in its front matter"),
