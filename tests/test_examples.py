@@ -105,7 +105,7 @@ def test_publish(example, made):
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_every_example_is_short_says_how_to_run_it_and_is_run_here(path):
     text = path.read_text("utf-8")
     assert len(text.splitlines()) < 60

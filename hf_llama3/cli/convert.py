@@ -23,7 +23,12 @@ from .options import (
 from .printing import duration, present, print_files, print_json, print_list, print_next, print_table, size
 
 GROUP = "Checkpoints"
-FORMATS = {"hf": "Hugging Face's format", "meta": "Meta's format"}
+FORMATS = {
+    "hf": "Hugging Face's format",
+    "meta": "Meta's format",
+    "gguf": "GGUF",
+    "dcp": "torch.distributed.checkpoint",
+}
 SOURCE_OPTION, TARGET_OPTION, RUN_OPTION = group("What SOURCE is"), group("What TARGET is"), group("Run")
 
 
@@ -61,7 +66,7 @@ def inspect(
         print_json(info | ({"placement": placement.to_dict()} if placement else {}))
         return
     config, inferred = info.pop("config"), info.pop("inferred")
-    info["format"] = FORMATS.get(info["format"], info["format"])
+    info["format"] = FORMATS[info["format"]]
     loads_as_is = info.pop("loads_as_is")
     info["transformers"] = "loads it as it is" if loads_as_is else "loads it when it is converted"
     if info["dtypes"] == [info["dtype"]]:
@@ -158,8 +163,8 @@ def convert(
     verified = f"{verification['tensors']} tensors equal to the bit" if verification else "no (--no-verify)"
     print_table(
         {
-            "source": f"{source}, {FORMATS.get(report['source_format'], report['source_format'])}",
-            "target": f"{target}, {FORMATS.get(report['target_format'], report['target_format'])}",
+            "source": f"{source}, {FORMATS[report['source_format']]}",
+            "target": f"{target}, {FORMATS[report['target_format']]}",
             "size": f"{size(report['bytes'])} of tensors; {size(report['free_bytes'])} free on the disk",
             "memory": f"{size(report['memory_bytes'])} at most",
             "time": None if dry_run else duration(report["seconds"]),
