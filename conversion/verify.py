@@ -82,9 +82,10 @@ def verify_checkpoints(
     with ThreadPoolExecutor(1) as beside:
         tokenizer = beside.submit(compare_tokenizers, source, target)
         report = compare_weights(source, target, progress, cast)
-        report.tokenizer = tokenizer.result()
-    if report.tokenizer == "differs":
-        report.differences.append("the tokenizer")
+        found = tokenizer.result()
+    report.tokenizer, difference = found
+    if difference:
+        report.differences.append(difference)
     return report
 
 

@@ -1,65 +1,198 @@
-"""Proof that two checkpoints split texts in the same way: every id, and texts that break tokenizers."""
+"""Proof that two checkpoints' tokenizers are the same to a user: what each does to texts, read in its own way."""
 
-from pathlib import Path
-
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 from hf_llama3.files.reading import read_file
 
 from ..checkpoint import Checkpoint
-from .bpe import build_tokenizer, read_ranks, read_tokenizer_json, special_name
-from .files import build_sentencepiece, copy_files, read_sentencepiece
+from .readings import Reading, read_hub_files, read_ranks_as_meta, read_sentencepiece_model
+from .templates import llama3_chat_template
+
+EQUAL, ABSENT, DIFFERS = "equal", "absent", "differs"
+HUB, MODEL = "hub", "tokenizer.model"  # what a reader takes: Hugging Face's files, Meta's
+# What transformers 5.23 reads as a tokenizer, whatever the package takes for one
+HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+HUB_FILES += ("vocab.txt", "merges.txt", "chat_template.jinja", MODEL)
+CUT = 5  # tokens of a batch's longest text
+RUN = 20  # tokens of the vocabulary in one text
+DIALOGUE = [
+    {"role": "system", "content": "You are terse."},
+    {"role": "user", "content": " 2 + 2?\n\nReally, 你好, \U0001f999? "},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "Sure?"},
+]
 
 
-def compare_tokenizers(source: Checkpoint, target: Checkpoint) -> str:
-    """Return "equal", "absent", "only in source", "only in target", "differs", or why they were not compared."""
+def compare_tokenizers(source: Checkpoint, target: Checkpoint) -> tuple[str, str | None]:
+    """Compare what users of two checkpoints see of their tokenizers.
+
+    Returns:
+        "equal", "absent", "only in source", "only in target", "differs" or why they were not compared; and, where they
+        differ or one is absent, in what.
+    """
     if source.tokenizer is None or target.tokenizer is None:
         held = [name for name, checkpoint in (("source", source), ("target", target)) if checkpoint.tokenizer]
-        return f"only in {held[0]}" if held else "absent"
-    if describe(source) == describe(target) or (source.format != target.format and same_files(source, target)):
-        return "equal"
+        if not held:
+            return ABSENT, None
+        return f"only in {held[0]}", f"weights only: there is a tokenizer in the {held[0]} alone"
     try:
-        ours, theirs = load_tokenizer(source), load_tokenizer(target)
+        difference = find_difference(source, target)
     except UserError as error:
-        return f"not compared: {error}"
-    # Meta's code is told with each text whether a token begins it; that stands in Hugging Face's file only.
-    return "equal" if split_alike(ours, theirs, source.format == target.format) else "differs"
+        return f"not compared: {error}", None
+    return (EQUAL, None) if difference is None else (DIFFERS, f"the tokenizer: {difference}")
 
 
-def same_files(source: Checkpoint, target: Checkpoint) -> bool:
-    """Tell whether a tokenizer's Hugging Face files are the same on both sides, wherever they lie."""
-    if source.hf_tokenizer is None or target.hf_tokenizer is None:
-        return False
-    return copy_files(source.hf_tokenizer) == copy_files(target.hf_tokenizer)
+def find_difference(source: Checkpoint, target: Checkpoint) -> str | None:
+    """Return the first difference that is found, in a few words."""
+    ours, theirs = (files_by_reader(checkpoint) for checkpoint in (source, target))
+    pairs = [(kind, kind) for kind in ours if kind in theirs]
+    pairs += [(kind, next(iter(theirs))) for kind in ours if kind not in theirs]
+    pairs += [(next(iter(ours)), kind) for kind in theirs if kind not in ours]
+    readings = {}
+
+    def reading(checkpoint: Checkpoint, kind: str) -> Reading:
+        key = (id(checkpoint), kind)
+        if key not in readings:
+            readings[key] = read(checkpoint, kind)
+        return readings[key]
+
+    for kind, other in pairs:
+        if kind == other and ours[kind] == theirs[kind]:
+            continue  # the same bytes, to the same reader
+        pair = reading(source, kind), reading(target, other)
+        if source.format != target.format and "gguf" in (source.format, target.format):
+            difference = compare_ids(*pair)
+        elif kind == other:
+            difference = compare_alike(*pair)
+        else:
+            meta = source if kind == MODEL else target
+            difference = compare_across(*(pair if kind == MODEL else pair[::-1]), meta)
+        if difference:
+            return difference
+    return None
 
 
-def describe(checkpoint: Checkpoint) -> tuple:
-    """Return what cannot be the same for two tokenizers that split alike only by chance."""
-    return checkpoint.format, checkpoint.special_tokens, read_file(tokenizer_file(checkpoint))
+def files_by_reader(checkpoint: Checkpoint) -> dict[str, tuple]:
+    """Return the contents of the files that each reader takes, `HUB`'s and `MODEL`'s."""
+    hub, model, found = checkpoint.hf_tokenizer, checkpoint.path / MODEL, {}
+    if hub is not None and ((hub / "tokenizer.json").is_file() or checkpoint.tokenizer_kind != "tiktoken"):
+        paths = [hub / name for name in HUB_FILES] + sorted((hub / "additional_chat_templates").glob("*.jinja"))
+        found[HUB] = tuple((path.name, read_file(path)) for path in paths if path.is_file())
+    if checkpoint.tokenizer == model:
+        found[MODEL] = (*(checkpoint.special_tokens or ()), read_file(model))
+    return found
 
 
-def tokenizer_file(checkpoint: Checkpoint) -> Path:
-    """Return the file that a reader of the checkpoint's format takes."""
-    fast = checkpoint.path / "tokenizer.json"
-    return fast if checkpoint.format == "hf" and fast.is_file() else checkpoint.tokenizer
-
-
-def load_tokenizer(checkpoint: Checkpoint):
-    """Build the `tokenizers.Tokenizer` that a checkpoint's file describes.
-
-    Raises:
-        UserError: the file is damaged, or an extra is missing.
-    """
-    path = tokenizer_file(checkpoint)
-    if path.suffix == ".json":
-        return read_tokenizer_json(read_file(path), path)
+def read(checkpoint: Checkpoint, kind: str) -> Reading:
+    if kind == HUB:
+        return read_hub_files(checkpoint.hf_tokenizer)
     if checkpoint.tokenizer_kind == "sentencepiece":
-        return build_sentencepiece(read_sentencepiece(path))
-    tokens, names = read_ranks(path), checkpoint.special_tokens
-    return build_tokenizer(tokens, names, special_name(checkpoint.config["bos_token_id"], len(tokens), names))
+        return read_sentencepiece_model(checkpoint.tokenizer)
+    begin = checkpoint.config["bos_token_id"]
+    begin = begin[-1] if isinstance(begin, list) and begin else begin
+    return read_ranks_as_meta(checkpoint.tokenizer, checkpoint.special_tokens, begin)
+
+
+def compare_alike(ours: Reading, theirs: Reading) -> str | None:
+    """Compare all that a reader sees of two tokenizers of its format."""
+    return (
+        compare_values("token", ours.tokens, theirs.tokens)
+        or compare_values("flags of", ours.flags, theirs.flags)
+        or compare_values("setting", ours.settings, theirs.settings)
+        or compare_values("chat template", ours.templates, theirs.templates)
+        or compare_texts(ours, theirs, hard_texts() + around(ours.special), with_special=(False, True))
+        or compare_batches(ours, theirs)
+    )
+
+
+def compare_ids(ours: Reading, theirs: Reading) -> str | None:
+    """Compare what a GGUF file says as well: not all of a tokenizer's settings have a place there."""
+    tokens = compare_values("token", ours.tokens, theirs.tokens)
+    return tokens or compare_texts(ours, theirs, hard_texts() + around(ours.special), with_special=(False,))
+
+
+def compare_across(ours: Reading, theirs: Reading, meta: Checkpoint) -> str | None:
+    """Compare Meta's tokenizer.model with Hugging Face's files.
+
+    Where these lie beside it as well, they say what tokenizer.model cannot: flags, padding, what stands around a text.
+    """
+    if difference := compare_values("token", ours.tokens, theirs.tokens):
+        return difference
+    texts = hard_texts() + runs_of_tokens(ours)
+    if meta.hf_tokenizer is not None or meta.tokenizer_kind == "sentencepiece":
+        texts = [text for text in texts if not any(name in text for name in theirs.special | ours.special)]
+    else:
+        texts += around(theirs.special)
+    alone = meta.hf_tokenizer is None
+    if difference := compare_texts(ours, theirs, texts, with_special=(False, True) if alone else (False,)):
+        return difference
+    if not alone or meta.tokenizer_kind == "sentencepiece":
+        return None
+    pad, wanted = theirs.tokens.get(theirs.settings["pad_token"]), meta.config["pad_token_id"]
+    if pad != wanted and wanted in ours.tokens.values():
+        return f"pad token {wanted} and {pad}"
+    if meta.instruct and theirs.templates.get("default") == llama3_chat_template():
+        return compare_dialogue(ours, theirs)
+    wanted = meta.chat_template or llama3_chat_template()
+    return compare_values("chat template", {"default": wanted}, theirs.templates) if meta.instruct else None
+
+
+def compare_values(what: str, ours: dict, theirs: dict) -> str | None:
+    for key in sorted(ours.keys() | theirs.keys()):
+        one, other = (values.get(key, "none") for values in (ours, theirs))
+        if one != other:
+            return f"{what} {quoted(key)}: {quoted(one)} and {quoted(other)}"
+    return None
+
+
+def compare_texts(ours: Reading, theirs: Reading, texts: list[str], with_special: tuple[bool, ...]) -> str | None:
+    """Compare the ids of texts, and what these are joined to."""
+    for special in with_special:
+        ids, other_ids = (reading.encode(texts, special) for reading in (ours, theirs))
+        if difference := first_difference("ids of", texts, ids, other_ids):
+            return difference
+        for skip in (False, True):
+            joined, other_joined = (reading.decode(ids, skip) for reading in (ours, theirs))
+            if difference := first_difference("the text of", ids, joined, other_joined):
+                return difference
+    return None
+
+
+def compare_batches(ours: Reading, theirs: Reading) -> str | None:
+    """Compare how texts of several lengths are padded and cut."""
+    if ours.batch is None or theirs.batch is None:
+        return None
+    texts = ["a", "a b c d e f g h i j", "", "b c"]
+    return first_difference("padded and cut, ", texts, ours.batch(texts, CUT), theirs.batch(texts, CUT))
+
+
+def first_difference(what: str, asked: list, ours: list, theirs: list) -> str | None:
+    for one, our_answer, their_answer in zip(asked, ours, theirs, strict=True):
+        if our_answer != their_answer:
+            return f"{what} {quoted(one)}: {quoted(our_answer)} and {quoted(their_answer)}"
+    return None
+
+
+def compare_dialogue(ours: Reading, theirs: Reading) -> str | None:
+    """Compare Meta's form of a dialogue with what this package's own chat template makes, as transformers runs it.
+
+    (llama-models 0.3.0, models/llama3/chat_format.py, `encode_dialog_prompt`)
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(llama3_chat_template())
+    begin = theirs.settings["bos_token"]
+    made = template.render(messages=DIALOGUE, bos_token=begin, add_generation_prompt=True)
+    wanted = "".join(
+        f"<|start_header_id|>{turn['role']}<|end_header_id|>\n\n{turn['content'].strip()}<|eot_id|>"
+        for turn in DIALOGUE
+    )
+    wanted = f"{begin}{wanted}<|start_header_id|>assistant<|end_header_id|>\n\n"
+    return first_difference("a dialogue", ["of four turns"], ours.encode([wanted], False), theirs.encode([made], False))
 
 
 def split_alike(ours, theirs, with_begin: bool) -> bool:
-    """Tell whether two tokenizers have the same ids, and split, and join again, every hard text alike."""
+    """Tell whether two `tokenizers.Tokenizer` have the same ids, and split, and join again, every hard text alike."""
     if ours.get_vocab(with_added_tokens=True) != theirs.get_vocab(with_added_tokens=True):
         return False
     texts = hard_texts() + [ours.id_to_token(index) for index in ours.get_added_tokens_decoder()]
@@ -69,6 +202,18 @@ def split_alike(ours, theirs, with_begin: bool) -> bool:
     )
     joined, other_joined = (tokenizer.decode_batch(ids, skip_special_tokens=False) for tokenizer in (ours, theirs))
     return ids == other_ids and joined == other_joined
+
+
+def around(names: set[str]) -> list[str]:
+    """Put each added token into texts that show its flags: spaces beside it, letters beside it, another case."""
+    return [text for name in sorted(names) for text in (name, f"a {name} b", f"a{name}b", f"a{name.upper()} b")]
+
+
+def runs_of_tokens(reading: Reading) -> list[str]:
+    """Join what stands for whole texts in the vocabulary, so that every merge is needed somewhere."""
+    plain = sorted(set(reading.tokens.values()) - {reading.tokens[name] for name in reading.special})
+    joined = reading.decode([plain[start : start + RUN] for start in range(0, len(plain), RUN)], False)
+    return [text.replace("\ufffd", "") for text in joined]
 
 
 def hard_texts() -> list[str]:

@@ -1,0 +1,287 @@
+"""Tokenizers as their own readers read them, each from its files alone: what the proof of a conversion compares.
+
+Nothing here shares code with what makes those files, or a mistake would stand on both sides and be found equal. Of the
+package's facts Meta's pattern is taken, and which special tokens the checkpoint has.
+"""
+
+import base64
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from hf_llama3.errors import UserError, library_errors
+from hf_llama3.files.json import read_json
+from hf_llama3.files.reading import read_file, read_text
+
+from .bpe import PATTERN
+
+FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
+# What tokenizer_config.json says of a tokenizer's behaviour -> what transformers 5.23 takes where it does not say
+SETTINGS = {
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")),
+    "padding_side": "right",
+    "truncation_side": "right",
+    "model_max_length": int(1e30),
+    "clean_up_tokenization_spaces": False,
+    "split_special_tokens": False,
+    "add_prefix_space": None,
+    "model_input_names": None,
+}
+# Without tokenizer.json these decide as well, which otherwise stand in its post_processor.
+BEGIN_AND_END = ("add_bos_token", "add_eos_token")
+SAME_CLASS = {"PreTrainedTokenizer": "TokenizersBackend"}  # once the ending Fast is off
+
+
+@dataclass(eq=False)
+class Reading:
+    """Hold what can be asked of a tokenizer; texts and ids are asked by the batch."""
+
+    path: Path  # the file that it was read from
+    tokens: dict[str, int]  # every token as it is spelled in tokenizer.json -> id
+    encode: Callable[[list[str], bool], list[list[int]]]  # whether with the tokens that stand around every text
+    decode: Callable[[list[list[int]], bool], list[str]]  # whether special tokens are left out
+    flags: dict[str, tuple] = field(default_factory=dict)  # of added tokens
+    special: set[str] = field(default_factory=set)  # tokens that are taken out of a text by their names
+    settings: dict = field(default_factory=dict)
+    templates: dict[str, str] = field(default_factory=dict)
+    batch: Callable[[list[str], int], list[list[int]]] | None = None  # cut to a length and padded
+
+
+def read_ranks_as_meta(path: Path, names: list[str], begin: int | None) -> Reading:
+    """Read a tokenizer.model of Llama 3 as Meta's code does (llama-models 0.3.0, models/llama3/tokenizer.py).
+
+    A token's rank is its id. The special tokens follow after as many ids as there are different tokens. Each piece that
+    the pattern cuts from a text is a token, or its bytes are joined, those first that make the token of lowest rank.
+
+    Args:
+        begin: the id before a text, if it is a special token's.
+    """
+    with library_errors(f"{path} is no tokenizer.model of Llama 3", "download it again"):
+        lines = [line.split() for line in read_file(path).split(b"\n") if line.strip()]
+        ranks = {base64.b64decode(encoded): int(rank) for encoded, rank in lines}
+    special = {name: len(ranks) + index for index, name in enumerate(names)}
+    content = {rank: token for token, rank in ranks.items()}
+    content |= {token_id: name.encode() for name, token_id in special.items()}
+    cut = pattern_cutter()
+    around = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+
+    def encode_one(text: str, with_special: bool) -> list[int]:
+        ids, start = [begin] * (with_special and begin in special.values()), 0
+        for found in [*around.finditer(text), None]:
+            for piece in cut(text[start : found.start() if found else None]):
+                ids += join_bytes(piece.encode(), ranks)
+            if found:
+                ids.append(special[found[0]])
+                start = found.end()
+        return ids
+
+    def decode_one(ids: list[int], skip: bool) -> str:
+        kept = [token_id for token_id in ids if not (skip and token_id in special.values())]
+        return b"".join(content[token_id] for token_id in kept).decode("utf-8", "replace")
+
+    tokens = {"".join(BYTE_SPELLING[byte] for byte in token): rank for token, rank in ranks.items()}
+    return Reading(
+        *(path, tokens | special),
+        encode=lambda texts, with_special: [encode_one(text, with_special) for text in texts],
+        decode=lambda batch, skip: [decode_one(ids, skip) for ids in batch],
+        special=set(special),
+    )
+
+
+def pattern_cutter() -> Callable[[str], list[str]]:
+    """Return a function that cuts a text into the pieces which Meta's pattern finds one after another."""
+    from tokenizers import Regex, pre_tokenizers
+
+    cutter = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    return lambda text: [piece for piece, _ in cutter.pre_tokenize_str(text)] if text else []
+
+
+def join_bytes(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """Return the ids of a piece."""
+    if piece in ranks:
+        return [ranks[piece]]
+    parts = [piece[index : index + 1] for index in range(len(piece))]
+    while len(parts) > 1:
+        joined = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+        lowest = min(joined)
+        if lowest == len(ranks):
+            break
+        where = joined.index(lowest)
+        parts[where : where + 2] = [parts[where] + parts[where + 1]]
+    return [ranks[part] for part in parts]
+
+
+def spell_bytes() -> dict[int, str]:
+    """Return the character that stands for each byte in tokenizer.json: its own where it is one that can be seen."""
+    seen = {byte: chr(byte) for byte in range(256) if 32 < byte < 127 or (160 < byte < 256 and byte != 173)}
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return seen | {byte: chr(256 + place) for place, byte in enumerate(unseen)}
+
+
+BYTE_SPELLING = spell_bytes()
+
+
+def read_sentencepiece_model(path: Path) -> Reading:
+    """Read a sentencepiece model by its own library.
+
+    Raises:
+        UserError: that is missing, or the file is no such model.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise UserError(f'{path} is a sentencepiece model; to compare it, pip install "hf_llama3[llama2]"') from error
+    with library_errors(f"{path} is no readable sentencepiece model", "download it again"):
+        model = SentencePieceProcessor(model_file=str(path))
+    count = model.get_piece_size()
+    special = {i for i in range(count) if model.is_control(i) or model.is_unknown(i)}
+
+    def decode_one(ids: list[int], skip: bool) -> str:
+        return model.decode([token_id for token_id in ids if not (skip and token_id in special)])
+
+    return Reading(
+        *(path, {model.id_to_piece(index): index for index in range(count)}),
+        encode=lambda texts, with_special: [[model.bos_id()] * with_special + model.encode(text) for text in texts],
+        decode=lambda batch, skip: [decode_one(ids, skip) for ids in batch],
+        special={model.id_to_piece(index) for index in special},
+    )
+
+
+def read_hub_files(folder: Path) -> Reading:
+    """Read the files of a Hugging Face folder as transformers' AutoTokenizer does (5.23, `_from_pretrained`).
+
+    Raises:
+        UserError: one is damaged, or they are of a kind that only transformers reads.
+    """
+    config = read_if_there(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config |= read_if_there(folder / "special_tokens_map.json")
+    tokens = named_tokens(config, read_if_there(folder / "added_tokens.json"))
+    fast, vocabulary, model = (folder / name for name in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+    if fast.is_file() or (vocabulary.is_file() and (folder / "merges.txt").is_file()):
+        path = fast if fast.is_file() else vocabulary
+        tokenizer = load_fast(fast) if fast.is_file() else load_vocabulary(vocabulary, config)
+        settings = read_settings(config, forget_last_batch(tokenizer), has_fast=fast.is_file())
+        reading = ask(tokenizer, path, tokens, settings)
+    elif model.is_file() and read_file(model)[:1] == b"\n":
+        reading = read_sentencepiece_model(model)
+        reading.flags = {name: tuple(flags.get(flag, False) for flag in FLAGS) for name, flags in tokens.items()}
+        reading.special |= set(tokens)
+        reading.settings = read_settings(config, {}, has_fast=False)
+    else:
+        raise UserError(f"{folder} holds no tokenizer.json; let transformers write one")
+    reading.templates = read_templates(folder, config)
+    return reading
+
+
+def read_if_there(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
+
+
+def load_fast(path: Path):
+    from tokenizers import Tokenizer
+
+    with library_errors(f"{path} is no readable tokenizer", "write it again"):
+        return Tokenizer.from_file(str(path))
+
+
+def load_vocabulary(path: Path, config: dict):
+    """Build a tokenizer of vocab.json and merges.txt, as GPT-2's were kept."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    with library_errors(f"{path} is no readable vocabulary", "write it again"):
+        tokenizer = Tokenizer(models.BPE.from_file(str(path), str(path.parent / "merges.txt")))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space")))
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def forget_last_batch(tokenizer) -> dict:
+    """Let a tokenizer cut and pad nothing, whatever it was last asked; return what transformers takes from that."""
+    padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    asked = {"padding_side": padding.get("direction"), "truncation_side": truncation.get("direction")}
+    asked = {key: value.lower() for key, value in asked.items() if value}
+    return asked | ({"pad_token": padding["pad_token"]} if padding else {})
+
+
+def ask(tokenizer, path: Path, tokens: dict[str, dict], settings: dict) -> Reading:
+    """Make the reading of a `tokenizers.Tokenizer`, which gets the tokens that it lacks."""
+    from tokenizers import AddedToken
+
+    there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_tokens([AddedToken(name, **flags) for name, flags in tokens.items() if name not in there])
+    flags = {
+        token.content: tuple(getattr(token, flag) for flag in FLAGS)
+        for token in tokenizer.get_added_tokens_decoder().values()
+    }
+
+    def batch(texts: list[str], length: int) -> list[list[int]]:
+        pad = settings["pad_token"]
+        tokenizer.enable_truncation(length, direction=settings["truncation_side"])
+        if pad is not None:
+            pad_id = tokenizer.token_to_id(pad) or 0
+            tokenizer.enable_padding(direction=settings["padding_side"], pad_id=pad_id, pad_token=pad)
+        ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        forget_last_batch(tokenizer)
+        return ids
+
+    return Reading(
+        *(path, tokenizer.get_vocab(with_added_tokens=True)),
+        encode=lambda texts, with_special: [
+            one.ids for one in tokenizer.encode_batch(texts, add_special_tokens=with_special)
+        ],
+        decode=lambda ids, skip: tokenizer.decode_batch(ids, skip_special_tokens=skip),
+        flags=flags,
+        special=set(flags),
+        settings=settings,
+        batch=batch,
+    )
+
+
+def named_tokens(config: dict, added: dict[str, int]) -> dict[str, dict]:
+    """Return the flags of the tokens that tokenizer_config.json and added_tokens.json name, by their ids."""
+    listed = config.get("added_tokens_decoder") or {}
+    tokens = [token for _, token in sorted(listed.items(), key=lambda entry: int(entry[0]))]
+    tokens = tokens or [{"content": name} for name in sorted(added, key=added.get)]
+    found = {token["content"]: {flag: token[flag] for flag in FLAGS if flag in token} for token in tokens}
+    named = [config[key] for key in SETTINGS if key.endswith("_token") and config.get(key)]
+    for token in [*named, *extra_tokens(config)]:
+        found.setdefault(name_of(token), {"normalized": False})["special"] = True
+    return found
+
+
+def extra_tokens(config: dict) -> list:
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    return list(extra.values()) if isinstance(extra, dict) else extra
+
+
+def name_of(token) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def read_settings(config: dict, asked: dict, has_fast: bool) -> dict:
+    """Return what a tokenizer is set to, by its key, as far as it acts."""
+    settings = SETTINGS | asked | {key: config[key] for key in SETTINGS if config.get(key) is not None}
+    settings |= {key: name_of(value) for key, value in settings.items() if key.endswith("_token") and value}
+    settings["extra_special_tokens"] = [name_of(token) for token in extra_tokens(config)]
+    if not has_fast:
+        settings |= {key: config.get(key) for key in BEGIN_AND_END}
+    kind = (config.get("tokenizer_class") or "").removesuffix("Fast")
+    return settings | {"tokenizer_class": SAME_CLASS.get(kind, kind)}
+
+
+def read_templates(folder: Path, config: dict) -> dict[str, str]:
+    """Return every chat template by its name; files come before what stands in tokenizer_config.json."""
+    found = {path.name[: -len(".jinja")]: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (folder / "chat_template.jinja").is_file():
+        found["default"] = folder / "chat_template.jinja"
+    if found:
+        return {name: read_text(path, "write it again") for name, path in found.items()}
+    held = config.get("chat_template") or {}
+    if isinstance(held, list):
+        return {entry["name"]: entry["template"] for entry in held}
+    return held if isinstance(held, dict) else {"default": held}
