@@ -8,6 +8,7 @@ import typer.main
 from checkpoints import params, write_meta
 from command_line import refuse, run
 
+from hf_llama3.cli.app import GROUPS
 from hf_llama3.cli.main import app
 
 GROUP = typer.main.get_command(app)
@@ -27,6 +28,13 @@ def test_help_ends_with_a_worked_example(name):
 def test_help_without_a_command():
     assert run().stdout == run("--help").stdout == run("-h").stdout
     assert all(f" {name} " in run().stdout for name in GROUP.commands)
+
+
+def test_groups_stand_in_the_order_of_the_work():
+    """A model is made before it is asked, measured and published."""
+    places = [run("--help").stdout.index(f"─ {group} ─") for group in GROUPS]
+    assert places == sorted(places)
+    assert {command.rich_help_panel for command in GROUP.commands.values()} == set(GROUPS)
 
 
 # What Tab gives

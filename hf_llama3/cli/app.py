@@ -4,6 +4,8 @@ import os
 
 import typer
 
+GROUPS = ("Begin", "Checkpoints", "Train", "Text", "Measure", "Publish")  # in the order of --help
+
 app = typer.Typer(
     help="Llama 3 as a Hugging Face model package, and the bridge to Meta's checkpoint format.",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -13,7 +15,13 @@ app = typer.Typer(
 
 def command(example: str, group: str):
     """Register a command in a group; its `--help` ends with a worked example."""
-    return app.command(epilog=f"Example: {example}", rich_help_panel=group)
+
+    def register(function):
+        registered = app.command(epilog=f"Example: {example}", rich_help_panel=group)(function)
+        app.registered_commands.sort(key=lambda one: GROUPS.index(one.rich_help_panel))
+        return registered
+
+    return register
 
 
 def is_first_process() -> bool:

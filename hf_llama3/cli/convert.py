@@ -68,7 +68,7 @@ def inspect(
     config, inferred = info.pop("config"), info.pop("inferred")
     info["format"] = FORMATS[info["format"]]
     loads_as_is = info.pop("loads_as_is")
-    info["transformers"] = "loads it as it is" if loads_as_is else "loads it when it is converted"
+    info["transformers"] = "loads it as it is" if loads_as_is else "loads it only when it is converted"
     if info["dtypes"] == [info["dtype"]]:
         info.pop("dtypes")
     print_table(info)
@@ -95,7 +95,7 @@ def convert(
     to: Annotated[
         str | None,
         TARGET_OPTION(
-            help="Format: hf, meta or dcp (torch.distributed.checkpoint); hf or meta, which SOURCE is not, if omitted.",
+            help="Format: hf, meta or dcp (torch.distributed.checkpoint); if omitted, hf, or meta if SOURCE is in hf.",
             **one_of("hf", "meta", "dcp"),
         ),
     ] = None,
