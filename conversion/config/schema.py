@@ -1,5 +1,6 @@
 """What each JSON file of a checkpoint may hold; keys that are not named here are left as they are."""
 
+from itertools import chain
 from pathlib import Path
 
 from hf_llama3.errors import UserError, quoted
@@ -22,7 +23,7 @@ from hf_llama3.files.schema import (
     whole,
 )
 
-MAX_STOPS = 256  # tokens that end a text; the published models have three
+MAX_STOPS = 256  # tokens that end a text, or may not stand in one; the published models have three
 MAX_TEMPLATE = 2**20  # characters of a chat template; the longest published ones have twenty thousand
 
 ID = whole(0)
@@ -90,6 +91,7 @@ ROPE = {
     "original_max_position_embeddings": number(1),
 }
 
+LISTS_OF_IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 SHARE, BEAMS, COUNT = number(0, 1), whole(1, 64), whole(0)
 GENERATION = IDS | {
     **dict.fromkeys(("do_sample", "use_cache", "early_stopping", "renormalize_logits"), FLAG),
@@ -98,11 +100,12 @@ GENERATION = IDS | {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), BEAMS),
     **dict.fromkeys(("top_k", "max_length", "min_length", "max_new_tokens", "min_new_tokens"), COUNT),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), COUNT),
-    **dict.fromkeys(("temperature", "repetition_penalty", "max_time"), number(0)),
+    **dict.fromkeys(("temperature", "max_time"), number(0)),
+    "repetition_penalty": POSITIVE,
     "length_penalty": number(-LARGEST),
     "early_stopping": either(FLAG, text(16)),
-    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), listed(ID)),
-    "bad_words_ids": listed(listed(ID)),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), listed(ID, MAX_STOPS)),
+    "bad_words_ids": listed(listed(ID, MAX_STOPS), MAX_STOPS),
     "stop_strings": either(text(), listed(text(), 256)),
 }
 GENERATION = {key: optional(rule) for key, rule in GENERATION.items()}
@@ -195,9 +198,10 @@ def check_ids(values: dict, vocab_size: int, path: Path):
     Raises:
         UserError: naming the first that has none.
     """
-    for key in IDS:
+    for key in (*IDS, *LISTS_OF_IDS):
         given = values.get(key)
-        for token_id in given if isinstance(given, list) else [given]:
+        waiting = given if isinstance(given, list) else [given]
+        for token_id in chain.from_iterable(one if isinstance(one, list) else [one] for one in waiting):
             if token_id is not None and token_id >= vocab_size:
                 raise UserError(
                     f"`{key}` in {path} must be below the {vocab_size} rows of the embedding, got {quoted(given)}"

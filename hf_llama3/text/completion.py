@@ -9,6 +9,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCrite
 from hf_llama3.errors import UserError, quoted
 
 from . import MAX_NEW_TOKENS
+from .template import apply_template
 
 MOST_OF_A_STOP = 256  # characters of a text that ends a completion: every token is looked for at each of them
 PREFILL_CHUNK = 2048  # prompt tokens computed at a time: bounded memory, and matrices large enough to be fast
@@ -82,7 +83,7 @@ def tokenize(tokenizer, prompts: list[str]) -> list[list[int]]:
     texts, is_chat = prompts, tokenizer.chat_template is not None
     if is_chat:
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        texts = apply_template(tokenizer, turns)
     return tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
 
 

@@ -1,10 +1,11 @@
 """Load a model and its tokenizer from any format that this package reads, on one device or several."""
 
 import contextlib
+import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.utils import logging
 
 from hf_llama3.conversion.config.hf import is_packed
@@ -16,12 +17,18 @@ from hf_llama3.cpu import QUANTIZATIONS
 from hf_llama3.cpu.optimization import optimize
 from hf_llama3.distributed.parallel import Group, number_own_layers
 from hf_llama3.distributed.placement import check_here, config_and_dtype, place
-from hf_llama3.errors import UserError, library_errors, words_of
+from hf_llama3.errors import UserError, library_errors, one_line, words_of
 from hf_llama3.files.atomic import is_unfinished
 from hf_llama3.files.json import read_json
 from hf_llama3.files.schema import check
 
 from . import DTYPES
+
+# Settings of a generation_config.json that commands follow, and those that their own options or caches replace
+FOLLOWED = ("bos_token_id", "eos_token_id", "pad_token_id", "repetition_penalty", "no_repeat_ngram_size")
+FOLLOWED += ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+NEUTRAL = ("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "max_length", "max_new_tokens")
+NEUTRAL += ("use_cache", "cache_implementation", "transformers_version", "output_attentions", "output_hidden_states")
 
 
 def load_model(
@@ -71,9 +78,20 @@ def load_model(
         model, tokenizer = read_model(name, dtype, rope_factor, device_map, max_memory, offload_folder, group)
     if group.mode == "pipeline":
         number_own_layers(model)
+    settle_generation(model, name, progress and group.is_first)
     if fast:
         model = optimize(model, quantize, compile, progress and group.is_first)
     return model, tokenizer
+
+
+def settle_generation(model, name: str, progress: bool):
+    """Leave of a folder's settings for generation what `generate` does; a note names what else it asks for."""
+    given = model.generation_config.to_diff_dict()
+    model.generation_config = GenerationConfig(**{key: given[key] for key in FOLLOWED if key in given})
+    others = sorted(key for key in given.keys() - {*FOLLOWED, *NEUTRAL} if not key.startswith("_"))
+    if others and progress:
+        note = f"the settings {', '.join(others)} in {name}/generation_config.json are not followed"
+        print(f"Note: {one_line(note)}", file=sys.stderr)
 
 
 def read_model(name: str, dtype: str, rope_factor: float | None, device_map, max_memory, offload_folder, group: Group):
@@ -131,5 +149,5 @@ def loading(name: str):
         yield
     except UserError:
         raise
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+    except Exception as error:  # the library raises what it likes
         raise UserError(f"{name} cannot be loaded: {words_of(error)}") from error
