@@ -83,10 +83,10 @@ def check_file(path: Path):
         raise UserError(f"{path} must be at most {limit} bytes, got {size}{what_became_of(path) or ''}")
 
 
-def require_file(path: Path):
+def require_file(path: Path, remedy: str = ""):
     """Refuse what is no regular file: reading a pipe would never end."""
     if path.exists() and not path.is_file():
-        raise UserError(not_a_file(path))
+        raise UserError(not_a_file(path) + remedy)
 
 
 def not_a_file(path: Path) -> str:

@@ -60,7 +60,7 @@ def read_pieces(path: Path, progress: Callable[[int], None] = lambda count: None
     """
     decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
     try:
-        require_file(path)  # it is read several times
+        require_file(path, "; pass a text file")  # it is read several times
         with open(path, "rb") as file:
             while chunk := file.read(READ_BYTES):
                 waiting = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut
