@@ -11,7 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from hf_llama3.errors import UserError
-from hf_llama3.files.atomic import check_target, clear, files_in, finish, place_of, staging, sync, write_files
+from hf_llama3.files.atomic import (
+    check_target,
+    clear,
+    files_in,
+    finish,
+    is_checkpoint,
+    place_of,
+    staging,
+    sync,
+    write_files,
+)
 from hf_llama3.files.hashes import CHECKLIST, CHECKSUMS, check_sums, format_sums, hash_file, read_sums
 from hf_llama3.files.progress import byte_bar
 from hf_llama3.files.reading import refuse_links
@@ -19,15 +29,18 @@ from hf_llama3.files.reading import refuse_links
 from .checkpoint import Checkpoint
 from .formats.cast import Cast
 from .formats.dcp import SUFFIX
+from .formats.gguf import EXACT, FILE_TYPES, is_gguf
+from .formats.gguf import SUFFIX as GGUF_SUFFIX
 from .formats.storage import BY_NAME, Identity, SourceFile, identity, write_all
 from .opening import open_checkpoint
-from .plan import DEFAULT_SHARD_SIZE, TORCHTITAN, Plan, PlannedFile, plan_dcp, plan_hf, plan_meta
+from .plan import DEFAULT_SHARD_SIZE, TORCHTITAN, Plan, PlannedFile, plan_dcp, plan_gguf, plan_hf, plan_meta
 from .provenance import PROVENANCE, make_provenance
 from .tokenizer.files import read_sentencepiece, tokenizer_paths
 from .tokenizer.rows import require_rows, resize, tokens_without_rows
 from .verify import VerificationReport, verify_checkpoints
 
-TARGETS = ("hf", "meta", "dcp")
+TARGETS = ("hf", "meta", "dcp", "gguf")
+SHORT = {kind.name: kind.exact for kind in EXACT.values()}  # "bf16" -> "bfloat16"
 SMALL = (".json", ".model", ".jinja", ".txt", ".chk", ".jsonl")  # files beside the weights that are read
 WORKERS = 2  # one moves bytes while the other sums or rearranges
 MEMORY_BYTES = 700 * 10**6  # held by benchmarks/conversion.py and tests/conversion/test_memory.py
@@ -76,17 +89,19 @@ def convert(
     verify: bool = True,
     progress: bool = False,
 ) -> ConversionReport:
-    """Convert a checkpoint between Meta's format and Hugging Face's, or divide Meta's into another number of shards.
+    """Convert a checkpoint from any of the formats to any, or divide Meta's into another number of shards.
 
     Args:
-        source: folder of either format; it is never changed.
-        target: folder to make; what is there already stays unless `overwrite`, and then until the new one is whole.
-        to: "hf", "meta" or "dcp" (torch.distributed.checkpoint); omitted, the one of the first two that the source is
-            not, "hf" for one of the last, or "meta" where `mp` is given.
+        source: folder or GGUF file; it is never changed.
+        target: folder to make, or GGUF file; what is there already stays unless `overwrite`, and then until the new one
+            is whole.
+        to: "hf", "meta", "dcp" (torch.distributed.checkpoint) or "gguf"; omitted, "gguf" where the target's name ends
+            so, "meta" where `mp` is given or the source is Hugging Face's, else "hf".
         mp: model-parallel shards of a target in Meta's format, 1 if omitted.
         model_type: what a Hugging Face folder is written as: "llama", which every tool reads and which is taken if
             omitted, or "llama3" with its code; for "dcp" also "torchtitan", whose tensors have Meta's names.
-        dtype: type to cast to, such as "float16"; every tensor keeps its own if omitted.
+        dtype: type to cast to, such as "float16" or "f16", and for "gguf" "q8_0" and "q4_0" as well; every tensor keeps
+            its own if omitted.
         rope_factor: for a Meta checkpoint of unreleased shape that scales RoPE; params.json does not say how much.
         llama_version: for a Meta checkpoint whose special tokens are not those of the inferred version.
         instruct: whether the model was tuned for dialogue, which decides stop tokens and chat template.
@@ -108,9 +123,11 @@ def convert(
     beside = [] if checkpoint.format == "gguf" else sorted(checkpoint.path.iterdir())
     refuse_links(checkpoint.folder, [path for path in beside if path.suffix == ".json"])
     seen = {path: identity(path) for path in beside}
-    plan = make_plan(checkpoint, to, mp, model_type, dtype, max_shard_size)
+    to = to or ("gguf" if target.suffix == GGUF_SUFFIX else None)
+    plan = make_plan(checkpoint, target, to, mp, model_type, dtype, max_shard_size)
     check_small_files(checkpoint, verify)
-    free = check_target(checkpoint.path.resolve(), target, plan.needed_bytes, overwrite)
+    may_go = is_gguf if plan.to == "gguf" else is_checkpoint
+    free = check_target(checkpoint.path.resolve(), target, plan.needed_bytes, overwrite, may_go)
     report = ConversionReport(
         source=str(source),
         target=str(target),
@@ -133,7 +150,7 @@ def convert(
     if dry_run:
         plan.make_small_files()  # for what it notes
     else:
-        with staging(target, overwrite) as folder:
+        with staging(target, overwrite, one_file=plan.to == "gguf") as folder:
             try:
                 execute(plan, folder, report, verify, progress)
             finally:  # whatever a change led to is said by its cause
@@ -156,7 +173,7 @@ def check_unchanged(source: Checkpoint, seen: dict[Path, Identity | None]):
             raise UserError(f"{path} changed while it was converted; run the same again when nothing writes it")
 
 
-def make_plan(checkpoint: Checkpoint, to, mp, model_type, dtype, max_shard_size) -> Plan:
+def make_plan(checkpoint: Checkpoint, target: Path, to, mp, model_type, dtype, max_shard_size) -> Plan:
     """Turn the options into a plan.
 
     Raises:
@@ -166,10 +183,14 @@ def make_plan(checkpoint: Checkpoint, to, mp, model_type, dtype, max_shard_size)
         raise UserError(f"--to must be one of {TARGETS}, got {to!r}")
     if model_type not in (None, "llama", "llama3", TORCHTITAN) or (model_type == TORCHTITAN and to != "dcp"):
         raise UserError(f"--as must be 'llama' or 'llama3', or 'torchtitan' with --to dcp, got {model_type!r}")
-    if dtype is not None and dtype not in BY_NAME:
-        raise UserError(f"--dtype must be one of {sorted(BY_NAME)}, got {dtype!r}")
+    kinds = FILE_TYPES if to == "gguf" else ()
+    dtype = dtype if dtype in kinds else SHORT.get(dtype, dtype)
+    if dtype is not None and dtype not in (*BY_NAME, *kinds):
+        raise UserError(f"--dtype must be one of {sorted([*BY_NAME, *kinds])}, got {dtype!r}")
     other = "hf" if checkpoint.format != "hf" or checkpoint.files[0].suffix == SUFFIX else "meta"
     to = to or (other if mp is None else "meta")
+    if to == "gguf":
+        return make_gguf_plan(checkpoint, target, dtype, mp=mp, max_shard_size=max_shard_size, **{"as": model_type})
     cast = Cast(BY_NAME[dtype]) if dtype is not None else None
     if to != "meta":
         if mp not in (None, 1):
@@ -186,6 +207,20 @@ def make_plan(checkpoint: Checkpoint, to, mp, model_type, dtype, max_shard_size)
             raise UserError(f"{option} is for a Hugging Face target, got {value!r} with --to meta; leave it out")
     require_rows(checkpoint)
     return plan_meta(checkpoint, 1 if mp is None else mp, cast)
+
+
+def make_gguf_plan(checkpoint: Checkpoint, target: Path, dtype: str | None, **others) -> Plan:
+    """Plan a GGUF file; the other options of a target have no meaning for it."""
+    if given := [name for name, value in others.items() if value is not None]:
+        option = f"--{given[0].replace('_', '-')}"
+        raise UserError(f"{option} is for another format than gguf, got {others[given[0]]!r}; leave it out")
+    if target.suffix != GGUF_SUFFIX:
+        raise UserError(f"--to gguf makes one file, so TARGET must end with {GGUF_SUFFIX}, got {target.name!r}")
+    kind = EXACT[dtype].name if dtype in EXACT else dtype
+    if kind is not None and kind not in FILE_TYPES:
+        raise UserError(f"--dtype must be one of {sorted(FILE_TYPES)} for a GGUF file, got {dtype!r}")
+    require_rows(checkpoint)
+    return plan_gguf(checkpoint, target.name, kind)
 
 
 def check_small_files(source: Checkpoint, verify: bool):
@@ -227,10 +262,11 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, pr
     if plan.cast is not None:
         report.largest_error = plan.cast.largest_error
     if verify:
-        written = open_checkpoint(folder, unfinished=True)
+        one_file = folder / plan.files[0].name if plan.to == "gguf" else folder
+        written = open_checkpoint(one_file, unfinished=True)
         report.verification = prove(plan, written, folder, progress)
         report.verification.target = report.target
-    elif plan.to != "meta":
+    elif plan.to not in ("meta", "gguf"):
         write_files(folder, {PROVENANCE: make_provenance(plan, None)})
     report.files = {name: path.stat().st_size for name, path in files_in(folder).items()}
 
@@ -284,6 +320,8 @@ def reserve(out, size: int):
 
 def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool) -> VerificationReport:
     """Compare what was written with the source while the hashes of all files are taken; write these down."""
+    if plan.to == "gguf":  # one file, with nothing beside it
+        return require_same(verify_checkpoints(plan.source, written, progress, plan.cast), folder)
     paths = files_in(folder)
     kinds = {CHECKSUMS: "sha256"} | ({CHECKLIST: "md5"} if plan.to == "meta" else {})
     total = len(kinds) * sum(path.stat().st_size for path in paths.values())
@@ -292,13 +330,17 @@ def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool) -> Veri
             list_name: {name: pool.submit(hash_file, path, kind, bar.update) for name, path in paths.items()}
             for list_name, kind in kinds.items()
         }
-        verification = verify_checkpoints(plan.source, written, progress, plan.cast)
-        if not verification.ok:
-            raise UserError(f"{folder} differs from its source in {verification.differences[0]}; please report this")
+        verification = require_same(verify_checkpoints(plan.source, written, progress, plan.cast), folder)
         if plan.to != "meta":
             write_files(folder, {PROVENANCE: make_provenance(plan, verification)})
             futures[CHECKSUMS][PROVENANCE] = pool.submit(hash_file, folder / PROVENANCE, "sha256", bar.update)
         for list_name, sums in futures.items():
             content = format_sums({name: future.result() for name, future in sums.items()})
             write_files(folder, {list_name: content})
+    return verification
+
+
+def require_same(verification: VerificationReport, folder: Path) -> VerificationReport:
+    if not verification.ok:
+        raise UserError(f"{folder} differs from its source in {verification.differences[0]}; please report this")
     return verification

@@ -14,11 +14,12 @@ from .checkpoint import Checkpoint
 from .config.params import MissingFlag
 from .config.schema import GEOMETRY
 from .formats.cast import Cast
-from .formats.storage import Dtype, to_floats
+from .formats.gguf import RECOMPUTED, Quantise, Recompute, Widen
+from .formats.storage import BY_NAME, Assembly, Dtype, to_floats
 from .opening import open_checkpoint
 from .plan import assemble
 from .tokenizer.proof import compare_tokenizers
-from .weights import sizes
+from .weights import Row, sizes
 
 COMPARED = (*GEOMETRY, "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -34,6 +35,7 @@ class VerificationReport:
     tokenizer: str  # "equal", "differs", "absent", "only in source", "only in target" or why it was not compared
     differences: list[str] = field(default_factory=list)
     largest_difference: float | None = None  # of two elements, where a tensor differs
+    quantised: int = 0  # tensors that are equal once the other side's elements are quantised in the same way
     logits: dict | None = None  # how many tokens, the largest difference, the largest logit; where they were asked for
 
     @property
@@ -110,19 +112,59 @@ def compare_weights(source: Checkpoint, target: Checkpoint, progress: bool, cast
     total = sum(tensor.nbytes for tensors in target.tensors.values() for tensor in tensors)
     with byte_bar("verifying", total, progress) as bar:
         for ours, theirs in zip(source.rows, target.rows, strict=True):
-            pair = [
-                assemble(checkpoint, row, target.order, made_by)
-                for checkpoint, row, made_by in ((source, ours, cast), (target, theirs, None))
-            ]
-            if pair[0].dtype != pair[1].dtype:
-                report.differences.append(f"{ours.hf}: {pair[0].dtype.name} and {pair[1].dtype.name}")
-            elif (difference := largest_difference(pair[0].blocks(), pair[1].blocks(), pair[0].dtype)) is not None:
-                report.differences.append(f"{ours.hf}: by up to {difference:.3g}")
-                report.largest_difference = max(report.largest_difference or 0.0, difference)
+            difference = size = None
+            for casts in ways(source, ours, target, theirs, cast):
+                pair = [
+                    assemble(checkpoint, row, target.order, made_by)
+                    for checkpoint, row, made_by in zip((source, target), (ours, theirs), casts, strict=True)
+                ]
+                difference, size = compare_pair(*pair, ours.hf), pair[1].nbytes
+                if difference is None:
+                    report.quantised += any(isinstance(made_by, Recompute) for made_by in casts)
+                    break
             report.tensors += 1
-            report.bytes += pair[1].nbytes
-            bar.update(pair[1].nbytes)
+            report.bytes += size
+            bar.update(size)
+            if difference is not None:
+                report.differences.append(difference[0])
+                if difference[1] is not None:
+                    report.largest_difference = max(report.largest_difference or 0.0, difference[1])
     return report
+
+
+def ways(source: Checkpoint, ours: Row, target: Checkpoint, theirs: Row, cast) -> list[tuple]:
+    """List what may make the elements of a tensor comparable, on the source's side and the target's, in turn.
+
+    A vector is float32 in GGUF, which says nothing of what it was. What one side has quantised is the same if the
+    other side's elements quantise to it, to the bit.
+    """
+    one, other = source.tensors[ours.hf][0], target.tensors[theirs.hf][0]
+    if len(ours.shape) == 1 and (target.format == "gguf" or (source.format == "gguf" and cast is None)):
+        return [(widen(one), widen(other))]
+    kinds = [getattr(tensor, "kind", None) for tensor in (one, other)]
+    if isinstance(cast, Quantise):
+        return [(Recompute(kinds[1]) if kinds[1] else Cast(other.dtype), None)]
+    if cast is not None or not any(kinds) or all(kinds):
+        return [(cast, None)]
+    plain, kind = (one, kinds[1]) if kinds[1] else (other, kinds[0])
+    made_by = Recompute(kind) if kind.name in RECOMPUTED else widen(plain)
+    again = (made_by, None) if kinds[1] else (None, made_by)
+    return [(None, None), again] if plain.dtype.name == "float32" else [again]
+
+
+def widen(tensor) -> Widen | Cast | None:
+    """Return what makes a tensor's elements float32, if they are not."""
+    name = tensor.dtype.name
+    return None if name == "float32" else Cast(BY_NAME["float32"]) if name == "float64" else Widen()
+
+
+def compare_pair(ours: Assembly, theirs: Assembly, name: str) -> tuple[str, float | None] | None:
+    """Say in what a tensor differs, and by how much; None where every bit is the same."""
+    if ours.dtype != theirs.dtype:
+        return f"{name}: {ours.dtype.name} and {theirs.dtype.name}", None
+    if (difference := largest_difference(ours.blocks(), theirs.blocks(), ours.dtype)) is None:
+        return None
+    return f"{name}: by up to {difference:.3g}", difference
 
 
 def largest_difference(ours: Iterator[np.ndarray], theirs: Iterator[np.ndarray], dtype: Dtype) -> float | None:

@@ -303,7 +303,7 @@ def test_target_within_source(target, meta, tmp_path):
     [
         (["--mp", 3], "--mp must divide `num_attention_heads` 8"),
         (["--mp", 0], "--mp must divide `num_attention_heads` 8"),
-        (["--to", "onnx"], "--to must be one of ('hf', 'meta', 'dcp'), got 'onnx'"),
+        (["--to", "onnx"], "--to must be one of ('hf', 'meta', 'dcp', 'gguf'), got 'onnx'"),
         (["--as", "mistral"], "--as must be 'llama' or 'llama3', or 'torchtitan' with --to dcp, got 'mistral'"),
         (["--to", "hf", "--mp", 2], "--mp divides a checkpoint of Meta's format, got 2 with --to hf"),
         (["--llama-version", "5"], "--llama-version must be one of"),

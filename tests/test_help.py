@@ -59,7 +59,7 @@ def complete(monkeypatch, *words):
         (("generate", "m", "--parallel", "t"), ["tensor"]),
         (("inspect", "m", "--device-map", "b"), ["balanced", "balanced_low_0"]),
         (("convert", "a", "b", "--as", ""), ["llama", "llama3", "torchtitan"]),
-        (("convert", "a", "b", "--to", ""), ["hf", "meta", "dcp"]),
+        (("convert", "a", "b", "--to", ""), ["hf", "meta", "gguf", "dcp"]),
     ],
 )
 def test_completion(words, found, monkeypatch):

@@ -91,12 +91,12 @@ def inspect(
 @command("hf-llama3 convert Meta-Llama-3-8B/original llama-3-8b", GROUP)
 def convert(
     source: Annotated[str, typer.Argument(help=f"Checkpoint to read: {CHECKPOINT}. It is not changed.")],
-    target: Annotated[Path, typer.Argument(help="Folder to make.")],
+    target: Annotated[Path, typer.Argument(help="Folder to make; with --to gguf a file, NAME.gguf.")],
     to: Annotated[
         str | None,
         TARGET_OPTION(
-            help="Format: hf, meta or dcp (torch.distributed.checkpoint); if omitted, hf, or meta if SOURCE is in hf.",
-            **one_of("hf", "meta", "dcp"),
+            help="Format: hf, meta, gguf or dcp (torch.distributed.checkpoint); omitted, hf, or meta for an hf SOURCE.",
+            **one_of("hf", "meta", "gguf", "dcp"),
         ),
     ] = None,
     mp: Annotated[int | None, TARGET_OPTION(help="Number of model-parallel shards in Meta's format.")] = None,
@@ -110,7 +110,10 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, TARGET_OPTION(help="Type to cast all tensors to; each keeps its own if omitted.")
+        str | None,
+        TARGET_OPTION(
+            help="Type to cast to: bf16, f16, f32; for gguf q8_0 or q4_0 as well. Each tensor keeps its own if omitted."
+        ),
     ] = None,
     max_shard_size: Annotated[
         str | None, TARGET_OPTION(help="Size of the largest safetensors file.", show_default="5GB")
@@ -136,7 +139,7 @@ def convert(
     ] = True,
     as_json: JsonFlag = False,
 ):
-    """Convert Meta's format to Hugging Face's or back, or re-shard Meta's (--to meta --mp N)."""
+    """Convert Meta's format, Hugging Face's or GGUF to one of the others, or re-shard Meta's (--to meta --mp N)."""
     from hf_llama3.conversion import convert
 
     report = convert(
@@ -161,6 +164,8 @@ def convert(
     files, inferred, notes = report.pop("files"), report.pop("inferred"), report.pop("notes")
     verification, source_files = report.pop("verification"), report.pop("source_files")
     verified = f"{verification['tensors']} tensors equal to the bit" if verification else "no (--no-verify)"
+    if verification and verification["quantised"]:
+        verified += f", of which {verification['quantised']} after the source was quantised again"
     print_table(
         {
             "source": f"{source}, {FORMATS[report['source_format']]}",

@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hf_llama3.errors import UserError
@@ -45,8 +45,18 @@ def place_of(target) -> Path:
     return place
 
 
-def check_target(source: Path, target: Path, needed: int, overwrite: bool) -> int:
+def is_checkpoint(target: Path) -> bool:
+    """Tell whether a folder holds a model, so that another may replace it."""
+    return target.is_dir() and any((target / sign).exists() for sign in SIGNS)
+
+
+def check_target(
+    source: Path, target: Path, needed: int, overwrite: bool, may_go: Callable[[Path], bool] = is_checkpoint
+) -> int:
     """Return the free bytes on the target's disk.
+
+    Args:
+        may_go: tells whether what stands there is what `overwrite` means.
 
     Raises:
         UserError: the target is not apart from the source, not free to take, or lacks the room that is `needed`.
@@ -57,7 +67,7 @@ def check_target(source: Path, target: Path, needed: int, overwrite: bool) -> in
     if is_taken(target):
         if not overwrite:
             raise UserError(f"{target} already exists; choose another target or add --overwrite")
-        if not target.is_dir() or not any((target / sign).exists() for sign in SIGNS):
+        if not may_go(target):
             raise UserError(
                 f"{target} is no checkpoint, so it is not overwritten; remove it yourself or choose another"
             )
@@ -87,8 +97,11 @@ def parent_of(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def staging(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def staging(target: Path, overwrite: bool = False, one_file: bool = False) -> Iterator[Path]:
     """Open the folder that becomes `target` at the end of the block; one run at a time can.
+
+    Args:
+        one_file: whether the target is a file, which the folder then holds under the target's name.
 
     Raises:
         UserError: another run has it, it is not one of ours, the target is taken, or the system refuses.
@@ -106,7 +119,7 @@ def staging(target: Path, overwrite: bool = False) -> Iterator[Path]:
             folder.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_ISVTX)
             write_file(folder / MARKER, b"hf-llama3 is making a model here; the same command goes on with it.\n")
             yield folder
-            take_place(folder, target)
+            (put_file if one_file else take_place)(folder, target)
 
 
 @contextlib.contextmanager
@@ -162,6 +175,16 @@ def take_place(folder: Path, target: Path):
         folder.rename(target)
         sync(target.parent)
     target.chmod(stat.S_IMODE(target.stat().st_mode) & ~stat.S_ISVTX)
+
+
+def put_file(folder: Path, target: Path):
+    """Put the finished file in the target's place, in one step, and empty the folder that it was made in."""
+    if target.is_dir():
+        raise UserError(f"{target} is a folder, and a file is to stand there; choose another target")
+    (folder / target.name).replace(target)
+    sync(target.parent)
+    clear(folder)
+    (folder / MARKER).unlink()
 
 
 def replace(folder: Path, target: Path):

@@ -51,6 +51,13 @@ def test_memory_of_distributed_checkpoints_is_bounded(source, tmp_path):
     convert(tmp_path / "dcp", tmp_path / "hf", "--no-verify")
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "q8_0"])
+def test_memory_of_gguf_is_bounded(dtype, source, tmp_path):
+    """Both ways; decoded blocks are four times as large."""
+    convert(source, tmp_path / "model.gguf", "--dtype", dtype, "--no-verify")
+    convert(tmp_path / "model.gguf", tmp_path / "hf", "--no-verify")
+
+
 LOAD = """
 import sys, hf_llama3
 options = {"device_map": "auto", "max_memory": {"cpu": sys.argv[2]}, "offload_folder": sys.argv[3]}

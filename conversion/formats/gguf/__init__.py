@@ -5,13 +5,15 @@ rows that Meta's have. Sources: ggml's docs/gguf.md; llama.cpp, ggml/src/gguf.cp
 """
 
 from .blocks import Quantise, Recompute, Widen
-from .file import SPLIT_NAME, SUFFIX
-from .kinds import BY_KIND, FILE_TYPES, RECOMPUTED
+from .carried import carry
+from .file import SPLIT_NAME, SUFFIX, is_gguf
+from .kinds import BY_KIND, EXACT, FILE_TYPES, RECOMPUTED
 from .layout import GgufLayout
 from .opening import open_gguf
 
 __all__ = [
     "BY_KIND",
+    "EXACT",
     "FILE_TYPES",
     "RECOMPUTED",
     "SPLIT_NAME",
@@ -20,5 +22,7 @@ __all__ = [
     "Quantise",
     "Recompute",
     "Widen",
+    "carry",
+    "is_gguf",
     "open_gguf",
 ]

@@ -102,6 +102,14 @@ class Cursor:
         return values
 
 
+def is_gguf(path: Path) -> bool:
+    """Tell whether a file holds a model, by how it begins."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def read_gguf(path: Path) -> Gguf:
     """Read the heads of a model's file, or of all of them where it is divided.
 
