@@ -1,21 +1,15 @@
 """The streaming engine: executes a plan tensor by tensor, so that a model never stands in memory."""
 
-import errno
-import os
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import numpy as np
 
 from hf_llama3.errors import UserError
 from hf_llama3.files.atomic import (
     check_target,
     clear,
     files_in,
-    finish,
     is_checkpoint,
     place_of,
     staging,
@@ -26,14 +20,18 @@ from hf_llama3.files.hashes import CHECKLIST, CHECKSUMS, check_sums, format_sums
 from hf_llama3.files.progress import byte_bar
 from hf_llama3.files.reading import refuse_links
 
+from .adapter.crossing import check_crossed, cross_adapter
+from .adapter.files import is_adapter
+from .adapter.merging import merge_adapter
 from .checkpoint import Checkpoint
 from .formats.cast import Cast
 from .formats.dcp import SUFFIX
 from .formats.gguf import EXACT, FILE_TYPES, is_gguf
 from .formats.gguf import SUFFIX as GGUF_SUFFIX
-from .formats.storage import BY_NAME, Identity, SourceFile, identity, write_all
+from .formats.storage import BY_NAME, Identity, identity
+from .formats.writing import is_whole, write_tensors
 from .opening import open_checkpoint
-from .plan import DEFAULT_SHARD_SIZE, TORCHTITAN, Plan, PlannedFile, plan_dcp, plan_gguf, plan_hf, plan_meta
+from .plan import DEFAULT_SHARD_SIZE, TORCHTITAN, Plan, plan_dcp, plan_gguf, plan_hf, plan_meta
 from .provenance import PROVENANCE, make_provenance
 from .tokenizer.files import read_sentencepiece, tokenizer_paths
 from .tokenizer.rows import require_rows, resize, tokens_without_rows
@@ -42,7 +40,6 @@ from .verify import VerificationReport, verify_checkpoints
 TARGETS = ("hf", "meta", "dcp", "gguf")
 SHORT = {kind.name: kind.exact for kind in EXACT.values()}  # "bf16" -> "bfloat16"
 SMALL = (".json", ".model", ".jinja", ".txt", ".chk", ".jsonl")  # files beside the weights that are read
-WORKERS = 2  # one moves bytes while the other sums or rearranges
 MEMORY_BYTES = 700 * 10**6  # held by benchmarks/conversion.py and tests/conversion/test_memory.py
 
 
@@ -80,6 +77,7 @@ def convert(
     *,
     model_type: str | None = None,
     dtype: str | None = None,
+    adapter=None,
     rope_factor: float | None = None,
     llama_version: str | None = None,
     instruct: bool | None = None,
@@ -92,7 +90,8 @@ def convert(
     """Convert a checkpoint from any of the formats to any, or divide Meta's into another number of shards.
 
     Args:
-        source: folder or GGUF file; it is never changed.
+        source: folder or GGUF file, or a LoRA adapter's folder, which is put into the other format's order; it is never
+            changed.
         target: folder to make, or GGUF file; what is there already stays unless `overwrite`, and then until the new one
             is whole.
         to: "hf", "meta", "dcp" (torch.distributed.checkpoint) or "gguf"; omitted, "gguf" where the target's name ends
@@ -102,6 +101,7 @@ def convert(
             omitted, or "llama3" with its code; for "dcp" also "torchtitan", whose tensors have Meta's names.
         dtype: type to cast to, such as "float16" or "f16", and for "gguf" "q8_0" and "q4_0" as well; every tensor keeps
             its own if omitted.
+        adapter: folder of a LoRA adapter that is merged into the weights on the way, to the bit as PEFT merges it.
         rope_factor: for a Meta checkpoint of unreleased shape that scales RoPE; params.json does not say how much.
         llama_version: for a Meta checkpoint whose special tokens are not those of the inferred version.
         instruct: whether the model was tuned for dialogue, which decides stop tokens and chat template.
@@ -117,7 +117,12 @@ def convert(
     """
     started = time.perf_counter()
     target = place_of(target)
+    if adapter is None and is_adapter(Path(source)):
+        given = {"--mp": mp, "--as": model_type, "--dtype": dtype, "--max-shard-size": max_shard_size}
+        return convert_adapter(Path(source), target, to, given, dry_run, overwrite)
     checkpoint = open_checkpoint(source, rope_factor, llama_version, instruct)
+    if adapter is not None:
+        checkpoint = merge_adapter(checkpoint, Path(adapter))
     if checkpoint.hf_tokenizer is not None:
         refuse_links(checkpoint.hf_tokenizer, tokenizer_paths(checkpoint.hf_tokenizer).values())
     beside = [] if checkpoint.format == "gguf" else sorted(checkpoint.path.iterdir())
@@ -157,6 +162,45 @@ def convert(
                 check_unchanged(checkpoint, seen)
     report.seconds = round(time.perf_counter() - started, 3)
     return report
+
+
+def convert_adapter(source: Path, target: Path, to, given: dict, dry_run: bool, overwrite: bool) -> ConversionReport:
+    """Put a LoRA adapter into the other format's names and order of rows, as `convert` does; it is small.
+
+    Raises:
+        UserError: it is more than LoRA, an option has no meaning for it, or the target is not free.
+    """
+    started = time.perf_counter()
+    for option, value in given.items():
+        if value is not None:
+            raise UserError(f"{option} is for a model, got {value!r} with an adapter; leave it out")
+    crossed = cross_adapter(source)
+    if to not in (None, crossed.to):
+        order = {"hf": "Hugging Face", "meta": "Meta"}[crossed.adapter.order]
+        raise UserError(f"--to must be {crossed.to!r} for an adapter in {order}'s order, got {to!r}; leave it out")
+    nbytes = sum(map(len, crossed.files.values()))
+    free = check_target(source.resolve(), target, nbytes, overwrite)
+    if not dry_run:
+        with staging(target, overwrite) as folder:
+            write_files(folder, crossed.files)
+            check_crossed(crossed, folder)
+    stored = {pair.b.file.path for pair in crossed.adapter.pairs.values()}
+    return ConversionReport(
+        *(str(source), str(target), f"adapter, {crossed.adapter.order}", f"adapter, {crossed.to}"),
+        source_files={path.name: path.stat().st_size for path in stored},
+        files={name: len(content) for name, content in crossed.files.items()},
+        tensors=crossed.tensors,
+        bytes=nbytes,
+        free_bytes=free,
+        memory_bytes=MEMORY_BYTES,
+        seconds=round(time.perf_counter() - started, 3),
+        resumed=[],
+        largest_error=None,
+        inferred=[f"heads of {crossed.head_dim} channels"] if crossed.head_dim else [],
+        notes=crossed.notes,
+        dry_run=dry_run,
+        verification=None,
+    )
 
 
 def check_unchanged(source: Checkpoint, seen: dict[Path, Identity | None]):
@@ -269,53 +313,6 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, pr
     elif plan.to not in ("meta", "gguf"):
         write_files(folder, {PROVENANCE: make_provenance(plan, None)})
     report.files = {name: path.stat().st_size for name, path in files_in(folder).items()}
-
-
-def is_whole(path: Path, file: PlannedFile) -> bool:
-    """Tell whether a file that an earlier run finished is, to the bit, what would be written."""
-    if not path.is_file() or path.stat().st_size != file.layout.size:
-        return False
-    written, checksums = SourceFile(path).bytes, []
-    for (_, assembly), offset in zip(file.tensors, file.layout.offsets, strict=True):
-        checksum = 0
-        for block in assembly.blocks():
-            there = written[offset : offset + block.nbytes]
-            if not np.array_equal(block.reshape(-1).view(np.uint8), there):
-                return False
-            checksum = zlib.crc32(there, checksum) if file.layout.needs_checksums else 0
-            offset += block.nbytes
-        checksums.append(checksum)
-    pieces = file.layout.fixed(checksums)
-    return all(written[offset : offset + len(content)].tobytes() == content for offset, content in pieces)
-
-
-def write_tensors(file: PlannedFile, folder: Path, progress):
-    """Write one file of tensors: the tensors first, side by side, then the headers that make it readable."""
-    path = folder / f"{file.name}.partial"
-    with open(path, "wb", buffering=0) as out:
-        reserve(out, file.layout.size)
-
-    def write_one(entry):
-        (_, assembly), offset = entry
-        with open(path, "r+b", buffering=0) as out:
-            return assembly.write(out, offset, progress, with_checksum=file.layout.needs_checksums)
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        checksums = list(pool.map(write_one, zip(file.tensors, file.layout.offsets, strict=True)))
-    with open(path, "r+b", buffering=0) as out:
-        for offset, content in file.layout.fixed(checksums):
-            write_all(out, content, offset)
-    finish(path)
-
-
-def reserve(out, size: int):
-    """Take the room for a whole file, so that a full disk is met before the first tensor."""
-    try:
-        os.posix_fallocate(out.fileno(), 0, size)
-    except (AttributeError, OSError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        out.truncate(size)  # another system, another file system
 
 
 def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool) -> VerificationReport:

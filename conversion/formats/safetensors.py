@@ -18,11 +18,11 @@ MAX_DIMENSIONS = 32  # numpy's
 KINDS = sorted(BY_SAFETENSORS)
 
 
-def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """List the tensors of one file by name.
+def read_header(path: Path) -> tuple[dict, int, int]:
+    """Return the header of one file, its length and the file's size.
 
     Raises:
-        UserError: the header is damaged, or a tensor lies outside the file or in another's place.
+        UserError: it is damaged.
     """
     require_file(path)
     try:
@@ -42,7 +42,23 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise UserError(f"the header of {path} is damaged ({error}); download it again") from error
     if not isinstance(header, dict):
         raise UserError(f"the header of {path} must be a JSON object, got {type(header).__name__}")
+    return header, length, size
 
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts that a header holds beside its tensors."""
+    metadata = read_header(path)[0].get("__metadata__")
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return {key: value for key, value in texts if isinstance(value, str)}
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """List the tensors of one file by name.
+
+    Raises:
+        UserError: the header is damaged, or a tensor lies outside the file or in another's place.
+    """
+    header, length, size = read_header(path)
     source, tensors, spans = SourceFile(path), {}, []
     for name, entry in header.items():
         if name == "__metadata__":
@@ -83,12 +99,13 @@ class SafetensorsLayout:
     Args:
         tensors: (name, dtype, shape), in order.
         align: what the first tensor's offset shall be a multiple of.
+        metadata: texts for the header.
     """
 
     needs_checksums = False
 
-    def __init__(self, tensors: list[tuple[str, Dtype, tuple[int, ...]]], align: int = 8):
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+    def __init__(self, tensors: list[tuple[str, Dtype, tuple[int, ...]]], align: int = 8, metadata=()):
+        header, end = {"__metadata__": {"format": "pt"} | dict(metadata)}, 0
         for name, dtype, shape in tensors:
             start, end = end, end + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [start, end]}

@@ -115,6 +115,9 @@ def convert(
             help="Type to cast to: bf16, f16, f32; for gguf q8_0 or q4_0 as well. Each tensor keeps its own if omitted."
         ),
     ] = None,
+    adapter: Annotated[
+        Path | None, TARGET_OPTION(help="LoRA adapter to merge into the weights on the way, as PEFT does.")
+    ] = None,
     max_shard_size: Annotated[
         str | None, TARGET_OPTION(help="Size of the largest safetensors file.", show_default="5GB")
     ] = None,
@@ -139,7 +142,7 @@ def convert(
     ] = True,
     as_json: JsonFlag = False,
 ):
-    """Convert Meta's format, Hugging Face's or GGUF to one of the others, or re-shard Meta's (--to meta --mp N)."""
+    """Convert Meta's format, Hugging Face's or GGUF to one of the others, re-shard Meta's, or merge a LoRA adapter."""
     from hf_llama3.conversion import convert
 
     report = convert(
@@ -149,6 +152,7 @@ def convert(
         mp,
         model_type=model_type,
         dtype=dtype,
+        adapter=adapter,
         rope_factor=rope_factor,
         llama_version=llama_version,
         instruct=instruct,
@@ -185,6 +189,8 @@ def convert(
     print_list("Note", notes)
     if dry_run:
         print("\nNothing was written: a dry run. Without --dry-run the same command converts.")
+    elif report["target_format"].startswith("adapter"):
+        print_next("convert", "MODEL", "merged", "--adapter", target)
     else:
         print_next("generate", target, "The capital of France is")
 

@@ -141,9 +141,11 @@ def test_an_adapter_instead_of_a_model(with_config, folder):
     if not with_config:
         (folder / "config.json").unlink()
     merge = f"model = M.from_pretrained('{folder}').merge_and_unload(); model.save_pretrained('{folder}-merged')"
-    for command in (("convert", folder, f"{folder}-out"), ("generate", folder, "abc"), push(folder)):
+    for command in (("inspect", folder), ("generate", folder, "abc"), push(folder)):
         sentence = refuse(*command)
         assert "is an adapter, not a model; merge it into its model: python -c" in sentence and merge in sentence
+    # `convert` puts it into the other format's order, which takes an adapter that is one.
+    assert "adapter_config.json lacks `r`; pass what PEFT saved" in refuse("convert", folder, f"{folder}-out")
 
 
 def test_an_adapter_beside_a_model(folder):

@@ -1,0 +1,184 @@
+"""An adapter's files, as PEFT writes them: adapter_config.json and the pairs of narrow matrices in adapter_model.
+
+The product B @ A, times a scale, is added to a weight. A stands for (rank, in), B for (out, rank); of an embedding A is
+(rank, vocabulary) and B (hidden, rank), and their product is turned over.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_llama3.errors import UserError, quoted
+from hf_llama3.files.json import read_json
+from hf_llama3.files.schema import FLAG, Rule, check, mapped, number, optional, text, whole
+
+from ..formats.hf import ADAPTER as CONFIG
+from ..formats.hf import INDEX, merge
+from ..formats.pth import read_pth
+from ..formats.safetensors import read_safetensors
+from ..formats.storage import StoredTensor
+from ..formats.torch_files import BIN_INDEX, is_weights
+from ..weights import Row, rows
+
+TENSORS, OLDER_TENSORS = "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+LORA, LORA_OF_EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
+ENDS = {end: one for ends in (LORA, LORA_OF_EMBEDDING) for end, one in zip(ends, "ab", strict=True)}
+MOST_LAYERS = 4096
+
+
+def pattern(rule: Rule) -> Rule:
+    """Take an object with no more keys than can be held against every module."""
+    table = mapped(rule)
+    return Rule(f"{table.words}, at most 256", lambda value: table.takes(value) and len(value) <= 256)
+
+
+SCHEMA = {
+    "peft_type": text(64),
+    "r": whole(1, 2**20),
+    "lora_alpha": number(-(2.0**40)),
+    "use_rslora": optional(FLAG),
+    "rank_pattern": optional(pattern(whole(1, 2**20))),
+    "alpha_pattern": optional(pattern(number(-(2.0**40)))),
+    "base_model_name_or_path": optional(text()),
+}
+REQUIRED = ("peft_type", "r", "lora_alpha")
+# Key -> what it makes of an adapter that is more than two narrow matrices beside a weight
+BEYOND = {
+    "use_dora": "DoRA",
+    "use_qalora": "QA-LoRA",
+    "lora_bias": "biases of its own",
+    "fan_in_fan_out": "weights that lie the other way",
+    "modules_to_save": "whole modules beside the narrow matrices",
+    "layer_replication": "layers that stand several times",
+    "trainable_token_indices": "single tokens that are trained",
+    "target_parameters": "parameters outside of layers",
+    "alora_invocation_tokens": "aLoRA",
+    "megatron_config": "Megatron's parallel layers",
+}
+# What matrices may begin a training as: others change the model's weights too.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(eq=False)
+class Pair:
+    """The two matrices beside one weight, and what their product is multiplied by."""
+
+    a: StoredTensor
+    b: StoredTensor
+    scale: float
+
+
+@dataclass(eq=False)
+class Adapter:
+    """Hold an adapter: nothing of its matrices has been read but where they lie."""
+
+    path: Path
+    order: str  # of B's rows beside queries and keys, and of the names: "hf" or "meta"
+    config: dict
+    pairs: dict[str, Pair] = field(repr=False)  # by the name of the weight in Hugging Face's files
+
+
+WEIGHTS = {key: row for row in rows(1) if len(row.shape) == 2 for key in (row.meta, row.hf.removeprefix("model."))}
+
+
+def row_of(name: str) -> Row | None:
+    """Return the row of a weight, given its name in either format."""
+    parts = name.removeprefix("model.").split(".")
+    number = parts[1] if parts[0] == "layers" and len(parts) > 1 and parts[1].isdecimal() else None
+    if number is not None:
+        if len(number) > 4 or int(number) >= MOST_LAYERS:
+            return None
+        parts[1] = "0"
+    row = WEIGHTS.get(".".join(parts))
+    if row is None or number is None:
+        return row
+    return row._replace(**{key: re.sub(r"\b0\b", str(int(number)), getattr(row, key)) for key in ("meta", "hf")})
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds an adapter and no model."""
+    if not (folder / CONFIG).is_file():
+        return False
+    others = [path for path in folder.iterdir() if not path.name.startswith("adapter")]
+    return not any(
+        is_weights(path) or path.suffix == ".safetensors" or path.name in (INDEX, BIN_INDEX) for path in others
+    )
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter.
+
+    Raises:
+        UserError: it is damaged, or more than two narrow matrices beside a weight.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"--adapter must be a folder with an {CONFIG}, got {folder}; pass what PEFT saved")
+    config = check(read_json(path), SCHEMA, path, REQUIRED, "; pass what PEFT saved")
+    remedy = f"merge it by PEFT: {merge(folder)}"
+    if config["peft_type"] != "LORA":
+        raise UserError(f"`peft_type` in {path} must be 'LORA', got {quoted(config['peft_type'])}; {remedy}")
+    for key, meaning in BEYOND.items():
+        if config.get(key):
+            raise UserError(f"{path} asks for {meaning} (`{key}`), which is not LoRA alone; {remedy}")
+    if config.get("bias") not in (None, "none"):
+        raise UserError(f"`bias` in {path} must be 'none', got {quoted(config['bias'])}; {remedy}")
+    if (start := config.get("init_lora_weights")) not in PLAIN_STARTS:
+        raise UserError(f"{path} began with {quoted(start)}, which changes the model's weights too; {remedy}")
+
+    safe, older = folder / TENSORS, folder / OLDER_TENSORS
+    if not safe.exists() and not older.exists():
+        raise UserError(f"{folder} has an {CONFIG} but no {TENSORS}; download it")
+    tensors = read_safetensors(safe) if safe.exists() else read_pth(older)
+    found, orders = {}, set()
+    for name, tensor in sorted(tensors.items()):
+        end = next((end for end in ENDS if name.endswith(end)), None)
+        row = row_of(name.removeprefix(PREFIX).removesuffix(end) + ".weight") if end else None
+        if row is None or len(tensor.shape) != 2:
+            raise UserError(f"{folder} holds {quoted(name)}, which is no LoRA of a Llama's weight; {remedy}")
+        orders.add("meta" if name.removeprefix(PREFIX).removesuffix(end) + ".weight" == row.meta else "hf")
+        if found.setdefault(row.hf, {}).setdefault(ENDS[end], tensor) is not tensor:
+            raise UserError(f"{folder} holds two matrices {ENDS[end].upper()} for {row.hf}; {remedy}")
+    if len(orders) != 1:
+        raise UserError(
+            f"{folder} must name its weights as Meta or as Hugging Face does, got {sorted(orders)}; {remedy}"
+        )
+    order = orders.pop()
+    pairs = {name: make_pair(name, pair, config, order, folder) for name, pair in found.items()}
+    return Adapter(folder, order, config, pairs)
+
+
+def make_pair(name: str, pair: dict[str, StoredTensor], config: dict, order: str, folder: Path) -> Pair:
+    """Join the two matrices of a weight.
+
+    Raises:
+        UserError: one is missing, or their shapes are not as the configuration says.
+    """
+    if len(pair) < 2:
+        raise UserError(f"{folder} lacks the matrix {'AB'['a' in pair]} for {name}; download it again")
+    row = row_of(name)
+    module = (row.meta if order == "meta" else row.hf).removesuffix(".weight")
+    rank = matching(config.get("rank_pattern"), module, folder) or config["r"]
+    alpha = matching(config.get("alpha_pattern"), module, folder)
+    alpha = config["lora_alpha"] if alpha is None else alpha
+    if (pair["a"].shape[0], pair["b"].shape[1]) != (rank, rank):
+        got = f"A {list(pair['a'].shape)} and B {list(pair['b'].shape)}"
+        raise UserError(f"{folder}: the rank of {name} must be {rank} by its {CONFIG}, got {got}; download it again")
+    return Pair(pair["a"], pair["b"], alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def matching(pattern: dict | None, module: str, folder: Path):
+    """Return what a pattern says of a module: the first key that is the end of its name, as in PEFT.
+
+    PEFT takes a key for a regular expression. One out of a file could take for ever, so only names are taken.
+    """
+    for key, value in (pattern or {}).items():
+        name = key.removeprefix("^").removesuffix("$")
+        if not re.fullmatch(r"[\w.]+", name):
+            remedy = f"write the names, or merge it by PEFT: {merge(folder)}"
+            raise UserError(f"the patterns in {folder / CONFIG} must be names of modules, got {quoted(key)}; {remedy}")
+        if module == name or (module.endswith(f".{name}") and not key.startswith("^")):
+            return value
+    return None

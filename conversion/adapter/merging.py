@@ -1,0 +1,204 @@
+"""An adapter merged into a checkpoint on its way to another: each weight as PEFT's `merge_and_unload` leaves it.
+
+To the bit, for a model of the same type and the adapter that PEFT has loaded: A and B in float32 where they are
+narrower, their product times the scale, added to the weight in the wider of both types and rounded to the weight's; of
+an embedding PEFT rounds the product first. The product is made of bands of rows, so many that the library takes the
+same steps for a row as if all were asked for.
+"""
+
+import math
+import threading
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from hf_llama3.errors import UserError
+
+from ..checkpoint import Checkpoint
+from ..formats.dcp.chunks import ByHead
+from ..formats.hf import merge
+from ..formats.storage import Dtype, SourceFile, StoredTensor
+from ..weights import EMBEDDING, OUTPUT, half_to_interleaved, interleaved_to_half, sizes
+from .files import Pair, read_adapter
+
+BAND = 1024  # rows at least, of a product that has as many
+NARROWER = ("float16", "bfloat16")  # than float32, in which PEFT keeps an adapter
+
+
+class Product:
+    """Give rows of B @ A times the scale, of which no more than a band is ever in memory.
+
+    Args:
+        turned: whether it stands beside an embedding, to which the product is added turned over.
+        head_dim: of rows that the adapter orders as Meta does, else None.
+    """
+
+    def __init__(self, pair: Pair, turned: bool, head_dim: int | None):
+        self.pair, self.turned, self.head_dim = pair, turned, head_dim
+        self.count = pair.a.shape[1] if turned else pair.b.shape[0]  # of rows
+        self.lock, self.held, self.band = threading.Lock(), None, None
+
+    @cached_property
+    def factors(self):
+        """A and B as torch multiplies them, B's rows in Hugging Face's order, as PEFT has them."""
+        a, b = load(self.pair.a), load(self.pair.b)
+        if self.head_dim is not None:
+            b = interleaved_to_half(b, self.head_dim).reshape(b.shape).contiguous()
+        return a, b
+
+    def rows(self, start: int, stop: int):
+        """Return the rows from `start` to `stop`."""
+        import torch
+
+        edges = [*range(0, max(self.count - BAND, 0) + 1, BAND), self.count]
+        bands = [(first, end) for first, end in pairwise(edges) if first < stop and end > start]
+        return torch.cat([self.make(first, end)[max(start - first, 0) : stop - first] for first, end in bands])
+
+    def make(self, first: int, end: int):
+        """Make a band, unless it is the last that was made."""
+        with self.lock:
+            if self.held != (first, end):
+                a, b = self.factors
+                made = (b @ a[:, first:end]).T if self.turned else b[first:end] @ a
+                self.held, self.band = (first, end), made * self.pair.scale
+            return self.band
+
+
+def load(tensor: StoredTensor):
+    import torch
+
+    signed = np.array(tensor.array).view(f"<i{tensor.dtype.itemsize}")  # torch lacks the unsigned types
+    loaded = torch.from_numpy(signed).view(getattr(torch, tensor.dtype.name))
+    return loaded.float() if tensor.dtype.name in NARROWER else loaded
+
+
+@dataclass(frozen=True, eq=False)
+class MergedArray:
+    """Do what is done with the array of a stored tensor; a slice or a list of rows gives their elements, merged."""
+
+    base: np.ndarray  # or what else gives the rows of the weight
+    file: SourceFile
+    product: Product
+    stored: Dtype
+    first: tuple[int, int]  # row and column of the whole weight at which this part of it begins
+    head_dim: int | None  # of rows that lie in Meta's order, else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.stored.itemsize
+
+    def __getitem__(self, index):
+        if isinstance(index, tuple):
+            rows, columns = (*index, slice(None))[:2]
+            starts = [part.indices(size)[0] for part, size in zip((rows, columns), self.shape, strict=True)]
+            first = tuple(one + more for one, more in zip(self.first, starts, strict=True))
+            return replace(self, base=self.base[rows, columns], first=first)
+        if isinstance(index, list):
+            return np.concatenate([self[row : row + 1] for row in index])
+        start, stop, _ = index.indices(self.shape[0])
+        return self.merge(self.file.take(self.base[start:stop]), start + self.first[0], stop + self.first[0])
+
+    def merge(self, block: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Add the product to rows of the weight, as PEFT does."""
+        import torch
+
+        unit = self.head_dim or 1  # rows that are reordered together
+        low, high = start // unit * unit, -(-stop // unit) * unit
+        added = self.product.rows(low, high)
+        if self.head_dim:
+            added = half_to_interleaved(added, self.head_dim).reshape(added.shape)
+        column = self.first[1]
+        added = added[start - low : stop - low, column : column + self.shape[1]]
+        signed = np.array(block).view(f"<i{self.stored.itemsize}")
+        weight = torch.from_numpy(signed).view(getattr(torch, self.stored.name))
+        weight += added.to(weight.dtype) if self.product.turned else added
+        return signed.view(f"<u{self.stored.itemsize}")
+
+    def reshape(self, heads: int, *shape: int) -> ByHead:
+        """Divide the rows among heads, of which there are as many as it gives."""
+        return ByHead(self, shape)
+
+
+@dataclass(eq=False)
+class MergedTensor:
+    """Say where a weight and what is added to it lie; what a `StoredTensor` does for a weight alone."""
+
+    base: StoredTensor  # or one in pieces
+    product: Product
+    first: tuple[int, int]
+    head_dim: int | None
+
+    @property
+    def dtype(self) -> Dtype:
+        return self.base.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes
+
+    @property
+    def file(self) -> SourceFile:
+        return self.base.file
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of the model that it lies in."""
+        return self.base.paths
+
+    @property
+    def pieces(self) -> list[StoredTensor]:
+        return [*getattr(self.base, "pieces", [self.base]), self.product.pair.a, self.product.pair.b]
+
+    @cached_property
+    def array(self) -> MergedArray:
+        return MergedArray(self.base.array, self.file, self.product, self.dtype, self.first, self.head_dim)
+
+    def read(self) -> bytes:
+        """Return the bytes of a small tensor."""
+        return self.array[:].tobytes()
+
+
+def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Return a checkpoint whose weights are merged with an adapter's matrices when they are read.
+
+    Raises:
+        UserError: the adapter is of another model, or changes what is not a layer of its own.
+    """
+    adapter = read_adapter(folder)
+    table = {row.hf: row for row in checkpoint.rows}
+    tensors = dict(checkpoint.tensors)
+    for name, pair in adapter.pairs.items():
+        if name not in table:
+            raise UserError(f"{folder} stands beside {name}, which {checkpoint.path} has not; take its own model")
+        if checkpoint.tied and name in (EMBEDDING.hf, OUTPUT.hf):
+            tied = f"{name}, which is embedding and head of {checkpoint.path} at once"
+            raise UserError(f"{folder} changes {tied}; untie them and merge by PEFT: {merge(folder)}")
+        row, turned = table[name], name == EMBEDDING.hf
+        shape = row.full_shape(sizes(checkpoint.config))
+        made = (pair.b.shape[0], pair.a.shape[1])[:: -1 if turned else 1]
+        if made != shape:
+            rule = f"{name} of {checkpoint.path} is {list(shape)}"
+            raise UserError(f"{rule}, and {folder} is for {list(made)}; take its own model")
+        head_dim = checkpoint.config["head_dim"] if row.rotary else None
+        product = Product(pair, turned, head_dim if adapter.order == "meta" else None)
+        shards, along = tensors[name], row.split
+        steps = [shard.shape[along] * index if along is not None else 0 for index, shard in enumerate(shards)]
+        firsts = [(step, 0) if along == 0 else (0, step) for step in steps]
+        order = head_dim if checkpoint.order == "meta" else None
+        tensors[name] = [
+            MergedTensor(shard, product, first, order) for shard, first in zip(shards, firsts, strict=True)
+        ]
+    scales = sorted({pair.scale for pair in adapter.pairs.values()})
+    said = f"merged {folder} into {len(adapter.pairs)} weights, scaled by {', '.join(f'{one:g}' for one in scales[:4])}"
+    return replace(checkpoint, tensors=tensors, inferred=[*checkpoint.inferred, said])

@@ -1,0 +1,62 @@
+"""A planned file of tensors, written: the tensors side by side, then what makes it readable; or found whole."""
+
+import errno
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from hf_llama3.files.atomic import finish
+
+from .storage import SourceFile, write_all
+
+WORKERS = 2  # one moves bytes while the other sums or rearranges
+
+
+def is_whole(path: Path, file) -> bool:
+    """Tell whether a file that an earlier run finished is, to the bit, what would be written."""
+    if not path.is_file() or path.stat().st_size != file.layout.size:
+        return False
+    written, checksums = SourceFile(path).bytes, []
+    for (_, assembly), offset in zip(file.tensors, file.layout.offsets, strict=True):
+        checksum = 0
+        for block in assembly.blocks():
+            there = written[offset : offset + block.nbytes]
+            if not np.array_equal(block.reshape(-1).view(np.uint8), there):
+                return False
+            checksum = zlib.crc32(there, checksum) if file.layout.needs_checksums else 0
+            offset += block.nbytes
+        checksums.append(checksum)
+    pieces = file.layout.fixed(checksums)
+    return all(written[offset : offset + len(content)].tobytes() == content for offset, content in pieces)
+
+
+def write_tensors(file, folder: Path, progress):
+    """Write one file of tensors: the tensors first, side by side, then the headers that make it readable."""
+    path = folder / f"{file.name}.partial"
+    with open(path, "wb", buffering=0) as out:
+        reserve(out, file.layout.size)
+
+    def write_one(entry):
+        (_, assembly), offset = entry
+        with open(path, "r+b", buffering=0) as out:
+            return assembly.write(out, offset, progress, with_checksum=file.layout.needs_checksums)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        checksums = list(pool.map(write_one, zip(file.tensors, file.layout.offsets, strict=True)))
+    with open(path, "r+b", buffering=0) as out:
+        for offset, content in file.layout.fixed(checksums):
+            write_all(out, content, offset)
+    finish(path)
+
+
+def reserve(out, size: int):
+    """Take the room for a whole file, so that a full disk is met before the first tensor."""
+    try:
+        os.posix_fallocate(out.fileno(), 0, size)
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        out.truncate(size)  # another system, another file system

@@ -1,0 +1,299 @@
+"""LoRA adapters: crossed to Meta's order and back, and merged on the way as PEFT merges them, to the bit."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import hf_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hf_llama3.conversion import convert, verify
+from hf_llama3.conversion.adapter.merging import merge_adapter
+from hf_llama3.conversion.logits import NUM_TOKENS, compute_logits
+from hf_llama3.conversion.opening import open_checkpoint
+from hf_llama3.errors import UserError
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "all layers": {"target_modules": LINEAR},
+    "rslora": {"target_modules": LINEAR, "use_rslora": True, "lora_alpha": 3},
+    "patterns": {
+        "target_modules": LINEAR,
+        "rank_pattern": {"k_proj": 3, "^model.layers.1.mlp.up_proj": 7},
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 5, "down_proj": 1.5},
+    },
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["k_proj", "embed_tokens"]},
+    "some layers": {"target_modules": ["k_proj", "o_proj"], "layers_to_transform": [1]},
+}
+
+
+def make(tmp_path, kind="all layers", dtype=torch.bfloat16, tied=False, vocab=512, **more):
+    """Save a model, and an adapter that changes it; returns both folders."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    hf_model(dtype=dtype, tied=tied, vocab_size=vocab).save_pretrained(base)
+    settings = {"r": 4, "task_type": "CAUSAL_LM", "init_lora_weights": False} | KINDS.get(kind, {}) | more
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), LoraConfig(**settings))
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    return base, adapter
+
+
+def merged_by_peft(base, adapter, dtype=torch.bfloat16):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+
+
+def edit(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_as_peft_merges(kind, tmp_path):
+    base, adapter = make(tmp_path, kind)
+    expected = merged_by_peft(base, adapter)
+    report = convert(base, tmp_path / "merged", to="hf", adapter=adapter)
+    ours = load_file(tmp_path / "merged" / "model.safetensors")
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+    assert any(not torch.equal(one, load_file(base / "model.safetensors")[name]) for name, one in ours.items())
+    assert any(line.startswith(f"merged {adapter} into ") for line in report.inferred)
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_types(dtype, tmp_path):
+    base, adapter = make(tmp_path, dtype=dtype)
+    expected = merged_by_peft(base, adapter, dtype)
+    convert(base, tmp_path / "merged", to="hf", adapter=adapter)
+    ours = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def test_an_adapter_in_bfloat16(tmp_path):
+    base, adapter = make(tmp_path)
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: one.bfloat16() for name, one in load_file(path).items()}, path)
+    expected = merged_by_peft(base, adapter)
+    convert(base, tmp_path / "merged", to="hf", adapter=adapter)
+    ours = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+@pytest.mark.parametrize("mp", [1, 2])
+def test_merged_from_and_into_metas_format(mp, tmp_path):
+    """Shards hold parts of a product, and rows in the other order; the bits are the same."""
+    base, adapter = make(tmp_path)
+    convert(base, tmp_path / "merged", to="hf", adapter=adapter)
+    convert(base, tmp_path / "meta", mp=mp)
+    convert(tmp_path / "meta", tmp_path / "merged-from-meta", adapter=adapter)
+    convert(tmp_path / "meta", tmp_path / "merged-meta", to="meta", mp=2, adapter=adapter)
+    for name in ("merged-from-meta", "merged-meta"):
+        report = verify(tmp_path / "merged", tmp_path / name)
+        assert [one for one in report.differences if "tensor" not in one] == []
+        assert report.tensors == 21
+
+
+@pytest.mark.parametrize("rows", [2048, 3001])
+def test_bands_of_a_product(rows, tmp_path, monkeypatch):
+    """Rows that are made a band at a time have the bits of all that are made at once."""
+    from hf_llama3.conversion.adapter import merging
+
+    base, adapter = make(tmp_path, "head", vocab=rows)
+    expected = merged_by_peft(base, adapter)["lm_head.weight"]
+    merged = merge_adapter(open_checkpoint(base), adapter).tensors["lm_head.weight"][0].array
+    made = []
+    make_band = merging.Product.make
+    monkeypatch.setattr(merging.Product, "make", lambda self, *band: made.append(band) or make_band(self, *band))
+    blocks = np.concatenate([merged[start : start + 100] for start in range(0, rows, 100)])
+    assert torch.equal(torch.from_numpy(blocks.view("<i2")).view(torch.bfloat16), expected)
+    assert set(made) == {(0, 1024), (1024, rows)}
+
+
+def by_hand(base_meta, adapter_meta, target):
+    """Merge in Meta's order with nothing but torch: each weight of a shard plus B @ A, times 2 (alpha 8, rank 4)."""
+    shutil.copytree(base_meta, target)
+    (target / "checklist.chk").unlink()
+    weights = torch.load(target / "consolidated.00.pth", weights_only=True)
+    pairs = load_file(adapter_meta / "adapter_model.safetensors")
+    for name in [name for name in pairs if name.endswith("lora_A.weight")]:
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        delta = pairs[name.replace("lora_A", "lora_B")] @ pairs[name] * 2
+        weights[f"{module}.weight"] = (weights[f"{module}.weight"].float() + delta).to(torch.bfloat16)
+    torch.save(weights, target / "consolidated.00.pth")
+
+
+def test_crossed_to_metas_order(tmp_path):
+    """Equal logits of base and adapter: transformers and PEFT on one side, Meta's rotation on the other."""
+    base, adapter = make(tmp_path)
+    convert(base, tmp_path / "meta")
+    report = convert(adapter, tmp_path / "adapter-meta")
+    assert (report.source_format, report.target_format, report.tensors) == ("adapter, hf", "adapter, meta", 28)
+    by_hand(tmp_path / "meta", tmp_path / "adapter-meta", tmp_path / "merged-meta")
+    ours = compute_logits(open_checkpoint(tmp_path / "merged-meta"), lambda count: None)
+
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload().float()
+    ids = torch.tensor([[(1 + 7919 * index) % 512 for index in range(NUM_TOKENS)]])
+    positions = torch.linspace(0, 8191, NUM_TOKENS).long()[None]
+    with torch.no_grad():
+        expected = theirs(ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits[0]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+    config = json.loads((tmp_path / "adapter-meta" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["w1", "w2", "w3", "wk", "wo", "wq", "wv"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back(kind, tmp_path):
+    base, adapter = make(tmp_path, kind)
+    convert(adapter, tmp_path / "meta")
+    convert(tmp_path / "meta", tmp_path / "back")
+    name = "adapter_config.json"
+    assert (tmp_path / "back" / name).read_bytes() == (adapter / name).read_bytes()
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "back", adapter))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    convert(base, tmp_path / "one", to="hf", adapter=adapter)
+    convert(base, tmp_path / "other", to="hf", adapter=tmp_path / "meta")
+    assert verify(tmp_path / "one", tmp_path / "other").ok
+
+
+def test_peft_loads_it_beside_metas_modules(tmp_path):
+    _, adapter = make(tmp_path, "patterns")
+    convert(adapter, tmp_path / "meta")
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wq, self.wo = torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False)
+            self.wk, self.wv = torch.nn.Linear(64, 32, bias=False), torch.nn.Linear(64, 32, bias=False)
+
+    class FeedForward(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1, self.w3 = torch.nn.Linear(64, 192, bias=False), torch.nn.Linear(64, 192, bias=False)
+            self.w2 = torch.nn.Linear(192, 64, bias=False)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.feed_forward = Attention(), FeedForward()
+
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([Layer(), Layer()])
+    loaded = PeftModel.from_pretrained(model, tmp_path / "meta")
+    state = {name.replace(".default", ""): one for name, one in loaded.state_dict().items() if "lora_" in name}
+    written = load_file(tmp_path / "meta" / "adapter_model.safetensors")
+    assert state.keys() == written.keys() and all(torch.equal(state[name], written[name]) for name in state)
+    attention = loaded.base_model.model.layers[0].attention
+    assert (attention.wq.scaling["default"], attention.wk.r["default"]) == (5 / 4, 3)
+
+
+def drop(name):
+    def change(folder):
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        del tensors[next(key for key in sorted(tensors) if name in key)]
+        save_file(tensors, path)
+
+    return change
+
+
+def add_tensor(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.lm_head.weight": torch.zeros(512, 64)}, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: edit(folder, peft_type="IA3"), "`peft_type` .* must be 'LORA', got 'IA3'; merge it by PEFT: "),
+        (
+            lambda folder: edit(folder, use_dora=True),
+            r"asks for DoRA \(`use_dora`\), which is not LoRA alone; merge it",
+        ),
+        (lambda folder: edit(folder, lora_bias=True), r"asks for biases of its own \(`lora_bias`\)"),
+        (
+            lambda folder: edit(folder, modules_to_save=["lm_head"]),
+            r"asks for whole modules beside the narrow matrices",
+        ),
+        (lambda folder: edit(folder, bias="all"), "`bias` .* must be 'none', got 'all'; merge it by PEFT"),
+        (
+            lambda folder: edit(folder, init_lora_weights="pissa"),
+            "began with 'pissa', which changes the model's weights",
+        ),
+        (
+            lambda folder: edit(folder, r=8),
+            "the rank of .* must be 8 by its adapter_config.json, got A .*; download it",
+        ),
+        (lambda folder: edit(folder, r="4"), "`r` in .* must be a whole number"),
+        (
+            lambda folder: edit(folder, rank_pattern={"(a+)+$": 3}),
+            r"must be names of modules, got '\(a\+\)\+\$'; write",
+        ),
+        (drop("lora_B"), "lacks the matrix B for "),
+        (add_tensor, "holds 'base_model.model.lm_head.weight', which is no LoRA of a Llama's weight; merge it by PEFT"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            "but no adapter_model.safetensors; download it",
+        ),
+    ],
+)
+def test_what_is_more_than_lora_is_refused(change, words, tmp_path):
+    base, adapter = make(tmp_path)
+    change(adapter)
+    for arguments in ((base, tmp_path / "merged", "hf"), (adapter, tmp_path / "crossed")):
+        with pytest.raises(UserError, match=words):
+            convert(*arguments, **({"adapter": adapter} if arguments[0] == base else {}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_an_adapter_of_another_model(tmp_path):
+    _, adapter = make(tmp_path, "head", vocab=500)
+    hf_model().save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        UserError, match=r"lm_head.weight of .* is \[512, 64\], and .* is for \[500, 64\]; take its own"
+    ):
+        convert(tmp_path / "other", tmp_path / "merged", to="hf", adapter=adapter)
+
+
+def test_an_adapter_of_a_deeper_model(tmp_path):
+    _, adapter = make(tmp_path)
+    hf_model(num_hidden_layers=1).save_pretrained(tmp_path / "shallow")
+    with pytest.raises(UserError, match=r"stands beside model.layers.1.*, which .* has not; take its own model"):
+        convert(tmp_path / "shallow", tmp_path / "merged", to="hf", adapter=adapter)
+
+
+def test_a_head_that_is_the_embedding(tmp_path):
+    base, adapter = make(tmp_path, "head", tied=True)
+    with pytest.raises(
+        UserError, match=r"changes lm_head.weight, which is embedding and head of .* at once; untie them"
+    ):
+        convert(base, tmp_path / "merged", to="hf", adapter=adapter)
+
+
+def test_heads_of_unknown_width(tmp_path):
+    base, adapter = make(tmp_path)
+    edit(adapter, base_model_name_or_path="someone/model")
+    with pytest.raises(
+        UserError, match=r"does not say how wide a head is, .*'someone/model' is no folder here; put that"
+    ):
+        convert(adapter, tmp_path / "meta")
+    shutil.copy(base / "config.json", adapter)
+    (adapter / "notes.txt").write_text("mine")
+    report = convert(adapter, tmp_path / "meta", dry_run=True)
+    assert any("left out" in note and "notes.txt" in note for note in report.notes)
+    assert not (tmp_path / "meta").exists()
+
+
+def test_options_that_an_adapter_has_no_use_for(tmp_path):
+    _, adapter = make(tmp_path)
+    with pytest.raises(UserError, match="--mp is for a model, got 2 with an adapter; leave it out"):
+        convert(adapter, tmp_path / "meta", mp=2)
+    with pytest.raises(UserError, match="--to must be 'meta' for an adapter in Hugging Face's order, got 'hf'"):
+        convert(adapter, tmp_path / "meta", to="hf")
+    with pytest.raises(UserError, match=r"--adapter must be a folder with an adapter_config.json, got "):
+        convert(tmp_path / "base", tmp_path / "merged", adapter=tmp_path / "base")
