@@ -5,6 +5,7 @@ package's facts Meta's pattern is taken, and which special tokens the checkpoint
 """
 
 import base64
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,23 +63,25 @@ def read_ranks_as_meta(path: Path, names: list[str], begin: int | None) -> Readi
         lines = [line.split() for line in read_file(path).split(b"\n") if line.strip()]
         ranks = {base64.b64decode(encoded): int(rank) for encoded, rank in lines}
     special = {name: len(ranks) + index for index, name in enumerate(names)}
+    unsaid = set(special.values())
     content = {rank: token for token, rank in ranks.items()}
     content |= {token_id: name.encode() for name, token_id in special.items()}
     cut = pattern_cutter()
+    join = functools.cache(functools.partial(join_bytes, ranks=ranks))  # the same pieces come back in text after text
     around = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
 
     def encode_one(text: str, with_special: bool) -> list[int]:
         ids, start = [begin] * (with_special and begin in special.values()), 0
         for found in [*around.finditer(text), None]:
             for piece in cut(text[start : found.start() if found else None]):
-                ids += join_bytes(piece.encode(), ranks)
+                ids += join(piece.encode())
             if found:
                 ids.append(special[found[0]])
                 start = found.end()
         return ids
 
     def decode_one(ids: list[int], skip: bool) -> str:
-        kept = [token_id for token_id in ids if not (skip and token_id in special.values())]
+        kept = [token_id for token_id in ids if not (skip and token_id in unsaid)]
         return b"".join(content[token_id] for token_id in kept).decode("utf-8", "replace")
 
     tokens = {"".join(BYTE_SPELLING[byte] for byte in token): rank for token, rank in ranks.items()}
@@ -102,14 +105,14 @@ def join_bytes(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
     """Return the ids of a piece."""
     if piece in ranks:
         return [ranks[piece]]
-    parts = [piece[index : index + 1] for index in range(len(piece))]
-    while len(parts) > 1:
-        joined = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
-        lowest = min(joined)
-        if lowest == len(ranks):
-            break
+    parts, unknown = [piece[index : index + 1] for index in range(len(piece))], len(ranks)
+    joined = [ranks.get(left + right, unknown) for left, right in pairwise(parts)]
+    while joined and (lowest := min(joined)) < unknown:
         where = joined.index(lowest)
         parts[where : where + 2] = [parts[where] + parts[where + 1]]
+        del joined[where]
+        for pair in range(max(where - 1, 0), min(where + 1, len(joined))):  # the two beside it
+            joined[pair] = ranks.get(parts[pair] + parts[pair + 1], unknown)
     return [ranks[part] for part in parts]
 
 
