@@ -9,7 +9,7 @@ import torch
 
 from hf_llama3.conversion.checkpoint import Checkpoint
 from hf_llama3.conversion.config.hf import PACKED, portable_config
-from hf_llama3.conversion.convert import reserve
+from hf_llama3.conversion.formats.writing import reserve
 from hf_llama3.conversion.formats.safetensors import SafetensorsLayout
 from hf_llama3.conversion.formats.storage import Dtype, write_all
 from hf_llama3.conversion.load import LazyTensor
