@@ -9,9 +9,9 @@ import torch
 
 from hf_llama3.conversion.checkpoint import Checkpoint
 from hf_llama3.conversion.config.hf import PACKED, portable_config
-from hf_llama3.conversion.formats.writing import reserve
 from hf_llama3.conversion.formats.safetensors import SafetensorsLayout
 from hf_llama3.conversion.formats.storage import Dtype, write_all
+from hf_llama3.conversion.formats.writing import reserve
 from hf_llama3.conversion.load import LazyTensor
 from hf_llama3.conversion.opening import open_checkpoint
 from hf_llama3.conversion.plan import DEFAULT_SHARD_SIZE, divide, hf_small_files, parse_size
