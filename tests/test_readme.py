@@ -4,6 +4,7 @@ A block after `<!-- long -->` is run with `-m long`; one after `<!-- not run: RE
 A table whose last column is headed "Type" is a block of its commands.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -17,6 +18,8 @@ import sentencepiece
 import typer.main
 from checkpoints import SMALL_VOCAB, params, small_tokenizer, write_meta
 from command_line import run
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from hf_llama3.cli.main import app
 from hf_llama3.quickstart import python_documentation
@@ -74,6 +77,9 @@ def materials(tmp_path_factory):
     llama2 = {key: value for key, value in layout.items() if key != "rope_theta"} | {"vocab_size": 320}
     write_meta(folder / "llama-2-7b", llama2, embedding_dim=1, tokenizer=folder / "pieces.model")
     run("convert", folder / "Meta-Llama-3-8B", folder / "my-model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "my-model")
+    with contextlib.chdir(folder):  # the adapter names its model by a path
+        get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).save_pretrained("my-adapter")
     shape = ("--layers", 2, "--hidden-size", 64, "--heads", 4, "--tokenizer", "bpe:512", "--license", "apache-2.0")
     run("train", "--text", folder / "my-text.txt", "--output", folder / "runs" / "mine", "--steps", 4, *shape)
     return folder

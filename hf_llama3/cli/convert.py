@@ -28,6 +28,8 @@ FORMATS = {
     "meta": "Meta's format",
     "gguf": "GGUF",
     "dcp": "torch.distributed.checkpoint",
+    "adapter, hf": "a LoRA adapter in Hugging Face's order",
+    "adapter, meta": "a LoRA adapter in Meta's order",
 }
 SOURCE_OPTION, TARGET_OPTION, RUN_OPTION = group("What SOURCE is"), group("What TARGET is"), group("Run")
 
@@ -168,6 +170,8 @@ def convert(
     files, inferred, notes = report.pop("files"), report.pop("inferred"), report.pop("notes")
     verification, source_files = report.pop("verification"), report.pop("source_files")
     verified = f"{verification['tensors']} tensors equal to the bit" if verification else "no (--no-verify)"
+    if report["target_format"].startswith("adapter"):
+        verified = "every tensor, read back and put in order again"
     if verification and verification["quantised"]:
         verified += f", of which {verification['quantised']} after the source was quantised again"
     print_table(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import hf_model
+from command_line import run
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -159,6 +160,13 @@ def test_there_and_back(kind, tmp_path):
     convert(base, tmp_path / "one", to="hf", adapter=adapter)
     convert(base, tmp_path / "other", to="hf", adapter=tmp_path / "meta")
     assert verify(tmp_path / "one", tmp_path / "other").ok
+
+
+def test_what_the_command_says(tmp_path):
+    _, adapter = make(tmp_path)
+    said = run("convert", adapter, tmp_path / "meta").stdout
+    assert f"{adapter}, a LoRA adapter in Hugging Face's order" in said and "read back and put in order" in said
+    assert f"Next: hf-llama3 convert MODEL merged --adapter {tmp_path / 'meta'}" in said
 
 
 def test_peft_loads_it_beside_metas_modules(tmp_path):
