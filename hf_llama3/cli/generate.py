@@ -112,7 +112,7 @@ def pack(
         print_json(report)
         return
     files, notes = report.pop("files"), report.pop("notes")
-    print_table(report)
+    print_table(report | {"source": source, "target": target})
     print_files("\nWrote", files)
     print_list("Note", notes)
     print_next("generate", target, "The capital of France is")
