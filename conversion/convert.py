@@ -2,7 +2,6 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hf_llama3.errors import UserError
@@ -32,7 +31,8 @@ from .formats.storage import BY_NAME, Identity, identity
 from .formats.writing import is_whole, write_tensors
 from .opening import open_checkpoint
 from .plan import DEFAULT_SHARD_SIZE, TORCHTITAN, Plan, plan_dcp, plan_gguf, plan_hf, plan_meta
-from .provenance import PROVENANCE, make_provenance
+from .provenance import PROVENANCE, ConversionReport, make_provenance
+from .streaming import JOURNAL, Stream, check_streamed, kept_files, stream_of, write_streamed
 from .tokenizer.files import read_sentencepiece, tokenizer_paths
 from .tokenizer.rows import require_rows, resize, tokens_without_rows
 from .verify import VerificationReport, verify_checkpoints
@@ -41,32 +41,6 @@ TARGETS = ("hf", "meta", "dcp", "gguf")
 SHORT = {kind.name: kind.exact for kind in EXACT.values()}  # "bf16" -> "bfloat16"
 SMALL = (".json", ".model", ".jinja", ".txt", ".chk", ".jsonl")  # files beside the weights that are read
 MEMORY_BYTES = 700 * 10**6  # held by benchmarks/conversion.py and tests/conversion/test_memory.py
-
-
-@dataclass
-class ConversionReport:
-    """Say what was read, written and inferred; sizes in bytes."""
-
-    source: str
-    target: str
-    source_format: str
-    target_format: str
-    source_files: dict[str, int]  # name -> bytes
-    files: dict[str, int]  # the same of what is written; in a plan, of the tensors' files
-    tensors: int
-    bytes: int  # of all tensor files
-    free_bytes: int  # on the target's disk, before
-    memory_bytes: int  # that a run of this needs at most, beside the page cache
-    seconds: float
-    resumed: list[str]  # files that an interrupted run had finished
-    largest_error: float | None  # of a cast to another type
-    inferred: list[str]
-    notes: list[str]
-    dry_run: bool
-    verification: VerificationReport | None
-
-    def to_dict(self) -> dict:
-        return asdict(self) | {"verification": self.verification and self.verification.to_dict()}
 
 
 def convert(
@@ -86,6 +60,7 @@ def convert(
     overwrite: bool = False,
     verify: bool = True,
     progress: bool = False,
+    stream: bool | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint from any of the formats to any, or divide Meta's into another number of shards.
 
@@ -111,6 +86,8 @@ def convert(
         verify: check the source's list of hashes where it has one, compare every tensor of the result to the bit, and
             write the hashes of all files.
         progress: show bars on standard error.
+        stream: whether the files of a repository on the Hub are fetched and dropped one after another; omitted, they
+            are where the disk has no room for all of them and for as much again.
 
     Raises:
         UserError: for whatever a user can cause; the target is then as it was.
@@ -120,19 +97,37 @@ def convert(
     if adapter is None and is_adapter(Path(source)):
         given = {"--mp": mp, "--as": model_type, "--dtype": dtype, "--max-shard-size": max_shard_size}
         return convert_adapter(Path(source), target, to, given, dry_run, overwrite)
-    checkpoint = open_checkpoint(source, rope_factor, llama_version, instruct)
-    if adapter is not None:
-        checkpoint = merge_adapter(checkpoint, Path(adapter))
+    to = to or ("gguf" if target.suffix == GGUF_SUFFIX else None)
+
+    def plan_from(folder) -> Plan:
+        checkpoint = open_checkpoint(folder, rope_factor, llama_version, instruct)
+        if adapter is not None:
+            checkpoint = merge_adapter(checkpoint, Path(adapter))
+        return make_plan(checkpoint, target, to, mp, model_type, dtype, max_shard_size)
+
+    with stream_of(source, target, False if to == "gguf" and stream is None else stream) as streamed:
+        plan = plan_from(streamed.folder if streamed else source)
+        return carry_out(plan, source, target, dry_run, overwrite, verify, progress, started, streamed, plan_from)
+
+
+def carry_out(
+    plan, source, target, dry_run, overwrite, verify, progress, started, streamed: Stream | None, plan_from
+) -> ConversionReport:
+    """Do what is planned, and report it."""
+    checkpoint = plan.source
     if checkpoint.hf_tokenizer is not None:
         refuse_links(checkpoint.hf_tokenizer, tokenizer_paths(checkpoint.hf_tokenizer).values())
     beside = [] if checkpoint.format == "gguf" else sorted(checkpoint.path.iterdir())
     refuse_links(checkpoint.folder, [path for path in beside if path.suffix == ".json"])
     seen = {path: identity(path) for path in beside}
-    to = to or ("gguf" if target.suffix == GGUF_SUFFIX else None)
-    plan = make_plan(checkpoint, target, to, mp, model_type, dtype, max_shard_size)
     check_small_files(checkpoint, verify)
     may_go = is_gguf if plan.to == "gguf" else is_checkpoint
-    free = check_target(checkpoint.path.resolve(), target, plan.needed_bytes, overwrite, may_go)
+    needed = plan.needed_bytes
+    if streamed:
+        check_streamed(plan)
+        plan.notes.append(streamed.say(needed))
+        needed += streamed.room
+    free = check_target(checkpoint.path.resolve(), target, needed, overwrite, may_go)
     report = ConversionReport(
         source=str(source),
         target=str(target),
@@ -157,7 +152,7 @@ def convert(
     else:
         with staging(target, overwrite, one_file=plan.to == "gguf") as folder:
             try:
-                execute(plan, folder, report, verify, progress)
+                execute(plan, folder, report, verify, progress, streamed, plan_from)
             finally:  # whatever a change led to is said by its cause
                 check_unchanged(checkpoint, seen)
     report.seconds = round(time.perf_counter() - started, 3)
@@ -280,17 +275,22 @@ def check_small_files(source: Checkpoint, verify: bool):
         read_sentencepiece(source.tokenizer)
 
 
-def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, progress: bool):
+def execute(plan: Plan, folder: Path, report: ConversionReport, verify, progress, streamed, plan_from):
     """Write everything that is planned into `folder` and prove it; what an earlier run finished there is kept."""
     source = plan.source
-    clear(folder, keep=[file.name for file in plan.files])  # what an earlier run left and this one does not continue
+    kept = kept_files(plan, folder) if streamed else [file.name for file in plan.files]
+    clear(folder, keep=kept)  # what an earlier run left and this one does not continue
     with ThreadPoolExecutor(2) as beside:
         small_files = beside.submit(plan.make_small_files)
         checklist = source.path / CHECKLIST
         same_copies = beside.submit(source.check_copies)
         checked = beside.submit(check_sums, checklist, progress) if verify and checklist.is_file() else None
         with byte_bar("writing", plan.nbytes, progress) as bar:
-            for file in plan.files:
+            if streamed:
+                report.resumed, report.largest_error = write_streamed(
+                    plan, folder, streamed, lambda: plan_from(streamed.folder), bar.update, verify
+                )
+            for file in plan.files if not streamed else ():
                 if is_whole(folder / file.name, file):
                     report.resumed.append(file.name)
                     bar.update(file.layout.size)
@@ -303,20 +303,25 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify: bool, pr
         small_files = small_files.result()
     write_files(folder, small_files)
     sync(folder)
-    if plan.cast is not None:
+    if plan.cast is not None and not streamed:
         report.largest_error = plan.cast.largest_error
     if verify:
         one_file = folder / plan.files[0].name if plan.to == "gguf" else folder
         written = open_checkpoint(one_file, unfinished=True)
-        report.verification = prove(plan, written, folder, progress)
+        report.verification = prove(plan, written, folder, progress, compared=bool(streamed))
         report.verification.target = report.target
     elif plan.to not in ("meta", "gguf"):
         write_files(folder, {PROVENANCE: make_provenance(plan, None)})
+    (folder / JOURNAL).unlink(missing_ok=True)
     report.files = {name: path.stat().st_size for name, path in files_in(folder).items()}
 
 
-def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool) -> VerificationReport:
-    """Compare what was written with the source while the hashes of all files are taken; write these down."""
+def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool, compared: bool) -> VerificationReport:
+    """Compare what was written with the source while the hashes of all files are taken; write these down.
+
+    Args:
+        compared: whether each tensor was when it was written.
+    """
     if plan.to == "gguf":  # one file, with nothing beside it
         return require_same(verify_checkpoints(plan.source, written, progress, plan.cast), folder)
     paths = files_in(folder)
@@ -327,7 +332,8 @@ def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool) -> Veri
             list_name: {name: pool.submit(hash_file, path, kind, bar.update) for name, path in paths.items()}
             for list_name, kind in kinds.items()
         }
-        verification = require_same(verify_checkpoints(plan.source, written, progress, plan.cast), folder)
+        verification = verify_checkpoints(plan.source, written, progress, plan.cast, compared)
+        require_same(verification, folder)
         if plan.to != "meta":
             write_files(folder, {PROVENANCE: make_provenance(plan, verification)})
             futures[CHECKSUMS][PROVENANCE] = pool.submit(hash_file, folder / PROVENANCE, "sha256", bar.update)

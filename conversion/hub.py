@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from hf_llama3.errors import UserError, without_password, words_of
+from hf_llama3.files.json import read_json
 
 from .config.hf import read_config
 from .config.params import read_params
@@ -103,17 +104,79 @@ def described(path):
         return
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) / name.repo.split("/")[1]
-        folder.mkdir()
-        for text in [text for pattern in HF_TEXTS for text in texts.glob(pattern)]:
-            (folder / text.relative_to(texts)).parent.mkdir(exist_ok=True)
-            shutil.copy(text, folder / text.relative_to(texts))
-        if not add_hollow_weights(name, texts.name, folder):
+        if not copy_hollow(name, texts, folder):
             yield fetch(path)
             return
         try:
             yield folder
         except UserError as error:
             raise UserError(str(error).replace(str(folder), str(path))) from error
+
+
+@contextlib.contextmanager
+def hollow_files(name: HubName, path):
+    """Give the folder of a repository's commit as it would lie in the cache, its weights hollow (see `described`).
+
+    Gives None where the headers do not tell all: of Meta's files, of pickled weights, or where the Hub does not answer.
+    """
+    texts = fetch(path, weights=False)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made, "models--" + name.repo.replace("/", "--"), "snapshots", texts.name)
+        is_hf = not name.original and (texts / "config.json").exists()
+        yield folder if is_hf and copy_hollow(name, texts, folder) else None
+
+
+def copy_hollow(name: HubName, texts: Path, folder: Path) -> bool:
+    """Make a folder of a repository's small files and hollow weights; returns whether the Hub had headers to give."""
+    folder.mkdir(parents=True)
+    for text in [text for pattern in HF_TEXTS for text in texts.glob(pattern)]:
+        (folder / text.relative_to(texts)).parent.mkdir(exist_ok=True)
+        shutil.copy(text, folder / text.relative_to(texts))
+    return add_hollow_weights(name, texts.name, folder)
+
+
+def sizes_to_fetch(path) -> dict[str, int]:
+    """Return the bytes of the weights of a repository of Hugging Face's that are not in the cache, by their files.
+
+    There are none where they are, and where the Hub does not say.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, texts = parse_name(path), fetch(path, weights=False)
+    if name.original or not (texts / "config.json").exists() or (texts / SINGLE).exists():
+        return {}
+    if (texts / INDEX).exists():
+        weight_map = read_json(texts / INDEX).get("weight_map")
+        if isinstance(weight_map, dict) and all((texts / str(file)).is_file() for file in weight_map.values()):
+            return {}
+    try:
+        found = snapshot_download(
+            name.repo,
+            revision=texts.name,
+            allow_patterns=list(HF_WEIGHTS),
+            ignore_patterns=list(NOT_OF_HF),
+            dry_run=True,
+        )
+    except Exception:  # what the Hub refuses is said when the files are fetched
+        return {}
+    return {file.filename: file.file_size for file in found if file.will_download}
+
+
+def fetch_file(name: HubName, commit: str, file: str, place: Path) -> Path:
+    """Bring one file of a commit into a folder, going on where an earlier run was stopped.
+
+    Raises:
+        UserError: in one sentence what the Hub or the way to it did, and what to do.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name.repo, file, revision=commit, local_dir=place))
+    except LocalEntryNotFoundError as error:
+        raise UserError(explain(error.__cause__ or error, name)) from error
+    except (OSError, HTTPError, ValueError) as error:
+        raise UserError(explain(error, name)) from error
 
 
 def add_hollow_weights(name: HubName, commit: str, folder: Path) -> bool:

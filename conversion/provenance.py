@@ -1,6 +1,7 @@
-"""What a folder was made from and what was measured of it, in files beside the model: its card says so."""
+"""What a conversion tells: its report, and files beside a model that its card is made of, measurements among them."""
 
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hf_llama3.errors import UserError
@@ -21,6 +22,32 @@ TRAINING |= dict.fromkeys(("steps", "batch_size", "context", "seed", "best_step"
 TRAINING |= dict.fromkeys(("first_loss", "validation_loss", "learning_rate", "seconds"), number(0))
 EVALUATION = dict.fromkeys(("text", "dtype", "command", "hf_llama3"), text()) | {"quantize": optional(text())}
 EVALUATION |= {"tokens": whole(0), "context": whole(0), "loss": number(0), "perplexity": number(0, math.inf)}
+
+
+@dataclass
+class ConversionReport:
+    """Say what was read, written and inferred; sizes in bytes."""
+
+    source: str
+    target: str
+    source_format: str
+    target_format: str
+    source_files: dict[str, int]  # name -> bytes
+    files: dict[str, int]  # the same of what is written; in a plan, of the tensors' files
+    tensors: int
+    bytes: int  # of all tensor files
+    free_bytes: int  # on the target's disk, before
+    memory_bytes: int  # that a run of this needs at most, beside the page cache
+    seconds: float
+    resumed: list[str]  # files that an interrupted run had finished
+    largest_error: float | None  # of a cast to another type
+    inferred: list[str]
+    notes: list[str]
+    dry_run: bool
+    verification: VerificationReport | None
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"verification": self.verification and self.verification.to_dict()}
 
 
 def make_provenance(plan: Plan, verification: VerificationReport | None) -> bytes:

@@ -78,12 +78,17 @@ def open_both(source, target) -> tuple[Checkpoint, Checkpoint]:
 
 
 def verify_checkpoints(
-    source: Checkpoint, target: Checkpoint, progress: bool = False, cast: Cast | None = None
+    source: Checkpoint, target: Checkpoint, progress: bool = False, cast: Cast | None = None, compared: bool = False
 ) -> VerificationReport:
-    """Compare two opened checkpoints; `cast` is what the target's types were made by, where they are others."""
+    """Compare two opened checkpoints.
+
+    Args:
+        cast: what the target's types were made by, where they are others.
+        compared: whether every tensor was compared already, when the source's files were at hand.
+    """
     with ThreadPoolExecutor(1) as beside:
         tokenizer = beside.submit(compare_tokenizers, source, target)
-        report = compare_weights(source, target, progress, cast)
+        report = compare_weights(source, target, progress, cast, compared)
         found = tokenizer.result()
     report.tokenizer, difference = found
     if difference:
@@ -91,7 +96,9 @@ def verify_checkpoints(
     return report
 
 
-def compare_weights(source: Checkpoint, target: Checkpoint, progress: bool, cast: Cast | None) -> VerificationReport:
+def compare_weights(
+    source: Checkpoint, target: Checkpoint, progress: bool, cast: Cast | None, compared: bool
+) -> VerificationReport:
     """Compare configuration and tensors."""
     report = VerificationReport(str(source.path), str(target.path), 0, 0, "not compared")
     for key in COMPARED:
@@ -118,7 +125,7 @@ def compare_weights(source: Checkpoint, target: Checkpoint, progress: bool, cast
                     assemble(checkpoint, row, target.order, made_by)
                     for checkpoint, row, made_by in zip((source, target), (ours, theirs), casts, strict=True)
                 ]
-                difference, size = compare_pair(*pair, ours.hf), pair[1].nbytes
+                difference, size = None if compared else compare_pair(*pair, ours.hf), pair[1].nbytes
                 if difference is None:
                     report.quantised += any(isinstance(made_by, Recompute) for made_by in casts)
                     break

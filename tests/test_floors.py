@@ -32,7 +32,7 @@ FLOORS = [
     ["conversion.opening"],
     ["conversion.plan", "conversion.info"],
     ["conversion.load", "conversion.logits"],
-    ["conversion.verify"],
+    ["conversion.verify", "conversion.streaming"],
     ["conversion.provenance"],
     ["conversion.convert"],
     ["conversion"],

@@ -139,6 +139,13 @@ def convert(
     ] = None,
     dry_run: Annotated[bool, RUN_OPTION("--dry-run", help="Check and plan everything, write nothing.")] = False,
     overwrite: OverwriteFlag = False,
+    stream: Annotated[
+        bool | None,
+        RUN_OPTION(
+            "--stream/--no-stream",
+            help="Fetch a Hub model's files one by one and drop each; done where the disk has no room for all.",
+        ),
+    ] = None,
     verify: Annotated[
         bool, RUN_OPTION("--verify/--no-verify", help="Compare every tensor of the result to the bit.")
     ] = True,
@@ -163,6 +170,7 @@ def convert(
         overwrite=overwrite,
         verify=verify,
         progress=True,
+        stream=stream,
     ).to_dict()
     if as_json:
         print_json(report)

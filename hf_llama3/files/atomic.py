@@ -20,7 +20,8 @@ from .locking import hold, locked
 
 # A checkpoint has one of them. They are written last, and a folder that has none is not replaced.
 SIGNS = ("config.json", "params.json")
-MARKER = ".unfinished-by-hf-llama3"
+OURS = "-by-hf-llama3"  # ends the names of what is gone when a folder is finished
+MARKER = f".unfinished{OURS}"
 REPLACED = "replaced"  # the old target's name in the folder where it waits to be removed
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100  # linux/fcntl.h: names are relative to the working directory
@@ -283,8 +284,7 @@ def clear(folder: Path, keep=()):
 def files_in(folder: Path) -> dict[str, Path]:
     """List all files below a folder, by their paths in it."""
     found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    found.pop(MARKER, None)
-    return found
+    return {name: path for name, path in found.items() if not (path.parent == folder and name.endswith(OURS))}
 
 
 def write_files(folder: Path, files: dict[str, bytes]):

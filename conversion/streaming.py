@@ -1,0 +1,225 @@
+"""A repository on the Hub converted file by file: each is fetched, its tensors written to their places, and dropped.
+
+So the disk never holds the model twice. The headers alone tell the plan. What a run has written stays for the next one:
+a journal in the unfinished target says whose tensors are in their places.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hf_llama3.errors import UserError, shown
+from hf_llama3.files.atomic import OURS, finish, parent_of, write_file
+from hf_llama3.files.json import read_json, to_json
+from hf_llama3.files.schema import OBJECT, check, text
+
+from .formats.storage import SourceFile, write_all
+from .formats.writing import reserve
+from .hub import HubName, fetch_file, hollow_files, parse_name, sizes_to_fetch
+from .plan import Plan
+from .tokenizer.files import hash_of
+from .weights import EMBEDDING, OUTPUT
+
+JOURNAL, FETCHED = f".streamed{OURS}", ".fetched"  # in the unfinished target
+AT_ONCE = 2  # files of the source on the disk, at most: one that is read, one that replaces it
+JOURNAL_KEYS = {"plan": text(), "done": OBJECT}
+
+
+@dataclass(eq=False)
+class Stream:
+    """Hold a repository whose weights are still on the Hub: its other files and hollow ones in their places."""
+
+    name: HubName
+    commit: str
+    folder: Path
+    files: dict[str, int]  # of weights -> bytes
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.files.values())
+
+    @property
+    def room(self) -> int:
+        """The bytes of the source that are on the disk at once."""
+        return AT_ONCE * max(self.files.values())
+
+    def say(self, target: int) -> str:
+        """Say how much of the disk each way takes."""
+        repo, once = self.name.repo, f"{self.room} bytes of them on the disk at most"
+        return (
+            f"the weights of {repo} are fetched one file after another, {once} beside the {target} of the target; all "
+            f"at once would take {self.nbytes} in the Hub's cache beside these"
+        )
+
+    @contextlib.contextmanager
+    def fetched(self, file: str, place: Path) -> Iterator[None]:
+        """Bring one file, and let it stand for the hollow one in the block."""
+        hollow, aside = self.folder / file, self.folder.parent / f"{file}.hollow"
+        there = fetch_file(self.name, self.commit, file, place)
+        hollow.rename(aside)
+        hollow.symlink_to(there.resolve())
+        try:
+            yield
+        finally:
+            hollow.unlink()
+            aside.rename(hollow)
+        shutil.rmtree(place)
+
+
+@contextlib.contextmanager
+def stream_of(source, target: Path, wanted: bool | None) -> Iterator[Stream | None]:
+    """Give a repository file by file, where that is wanted or where the whole of it and the target have no room.
+
+    Args:
+        wanted: None to look at the disk.
+
+    Raises:
+        UserError: it is wanted of what cannot be read so.
+    """
+    name = parse_name(source)
+    if name is None and wanted:
+        raise UserError(f"--stream is for a repository on the Hub, got {source}; leave it out")
+    if name is None or wanted is False or (wanted is None and fits(sum(sizes_to_fetch(source).values()), target)):
+        yield None
+        return
+    with hollow_files(name, source) as folder:
+        reason, files = "it has no headers of safetensors to plan by", {}
+        if folder is not None:
+            files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+        if files:
+            stream, reason = Stream(name, folder.name, folder, files), None
+        if reason and wanted:
+            raise UserError(f"{name.repo} cannot be read file by file, since {reason}; leave out --stream")
+        yield None if reason else stream
+
+
+def fits(nbytes: int, target: Path) -> bool:
+    """Tell whether the disk has room for what is to be fetched and for as much again."""
+    return 2 * nbytes <= shutil.disk_usage(parent_of(target)).free
+
+
+def check_streamed(plan: Plan):
+    """Raise where a plan stands on numbers, which are still on the Hub.
+
+    Raises:
+        UserError: saying which.
+    """
+    stored = plan.source.tensors
+    if plan.source.tied and stored[OUTPUT.hf][0] is not stored[EMBEDDING.hf][0]:
+        name = plan.source.path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+        raise UserError(
+            f"{name} stores a head beside the embedding that it is tied to, which have to be compared first; "
+            "add --no-stream, and make room for all of it"
+        )
+
+
+def write_streamed(
+    plan: Plan, folder: Path, stream: Stream, remake: Callable[[], Plan], progress: Callable[[int], None], verify: bool
+) -> tuple[list[str], float | None]:
+    """Write all files of tensors of a plan into `folder`, one file of the source after another.
+
+    Args:
+        remake: makes the plan again, when another file of the source is whole.
+
+    Returns:
+        The source's files that an earlier run had written, and the largest error of a cast in the others.
+
+    Raises:
+        UserError: a file on the Hub is another than its header said, or was not written as it was read.
+    """
+    laid_out = lay_out(plan)
+    journal = read_journal(folder, f"{stream.commit} {hash_of(laid_out)}")
+    error, resumed = None, sorted(journal["done"])
+    for file in plan.files:
+        make_room(folder / f"{file.name}.partial", file.layout.size, journal)
+    for file, size in stream.files.items():
+        if file not in journal["done"]:
+            with stream.fetched(file, folder / FETCHED):
+                again = remake()
+                if lay_out(again) != laid_out:
+                    raise UserError(f"{shown(file)} of {stream.name.repo} is not what its header said; try again")
+                journal["done"][file] = write_from(again, file, folder, verify)
+                for one in plan.files:
+                    sync_file(folder / f"{one.name}.partial")
+            if again.cast is not None:
+                error = max(error or 0.0, again.cast.largest_error)
+            write_file(folder / JOURNAL, to_json(journal))
+        progress(size)
+    for file in plan.files:
+        path, checksums = folder / f"{file.name}.partial", {}
+        for done in journal["done"].values():
+            checksums |= done.get(file.name, {})
+        with open(path, "r+b", buffering=0) as out:
+            for offset, content in file.layout.fixed([checksums[str(index)] for index in range(len(file.tensors))]):
+                write_all(out, content, offset)
+        finish(path)
+    return resumed, error
+
+
+def lay_out(plan: Plan) -> bytes:
+    """Write down which tensors go into which files, to tell a plan from another."""
+    return to_json([[file.name, file.layout.size, [name for name, _ in file.tensors]] for file in plan.files])
+
+
+def write_from(plan: Plan, name: str, folder: Path, verify: bool) -> dict[str, dict[str, int]]:
+    """Write what lies in one file of the source; returns the checksums by file of the target and place in it."""
+    found = {}
+    for file in plan.files:
+        path = folder / f"{file.name}.partial"
+        with open(path, "r+b", buffering=0) as out:
+            for index, ((tensor, assembly), offset) in enumerate(zip(file.tensors, file.layout.offsets, strict=True)):
+                if {part.file.path.name for part in assembly.parts} != {name}:
+                    continue
+                checksum = assembly.write(out, offset, lambda count: None, file.layout.needs_checksums)
+                found.setdefault(file.name, {})[str(index)] = checksum
+                if verify and not is_written(assembly, path, offset):
+                    raise UserError(f"{path} differs from its source in {shown(tensor)}; please report this")
+    return found
+
+
+def is_written(assembly, path: Path, offset: int) -> bool:
+    """Tell whether a tensor lies in a file to the bit."""
+    written = SourceFile(path)
+    for block in assembly.blocks():
+        there = np.frombuffer(written.read(offset, block.nbytes), np.uint8)
+        if not np.array_equal(block.reshape(-1).view(np.uint8), there):
+            return False
+        offset += block.nbytes
+    return True
+
+
+def read_journal(folder: Path, plan: str) -> dict:
+    """Return what an earlier run has written, if its plan was the same one."""
+    path = folder / JOURNAL
+    if path.is_file():
+        journal = check(read_json(path), JOURNAL_KEYS, path, tuple(JOURNAL_KEYS))
+        if journal["plan"] == plan:
+            return journal
+    return {"plan": plan, "done": {}}
+
+
+def make_room(path: Path, size: int, journal: dict):
+    """Take the room of a whole file; what an earlier run wrote into it, or even finished, stays."""
+    finished = path.with_name(path.name.removesuffix(".partial"))
+    if finished.is_file():
+        finished.replace(path)
+    if not path.is_file() or path.stat().st_size != size:
+        journal["done"].clear()
+        with open(path, "wb", buffering=0) as out:
+            reserve(out, size)
+
+
+def sync_file(path: Path):
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def kept_files(plan: Plan, folder: Path) -> list[str]:
+    """List what an earlier run left that this one goes on with."""
+    waiting = [path.relative_to(folder).as_posix() for path in (folder / FETCHED).rglob("*") if path.is_file()]
+    return [JOURNAL, *waiting, *(name for file in plan.files for name in (file.name, f"{file.name}.partial"))]

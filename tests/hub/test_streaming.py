@@ -1,0 +1,154 @@
+"""A model that is converted from the Hub file by file: the same files, no second copy, and no work lost."""
+
+import json
+import re
+
+import pytest
+import torch
+from checkpoints import hf_model, params, small_tokenizer, write_meta
+from safetensors.torch import load_file, save_file
+
+from hf_llama3.conversion import convert
+from hf_llama3.errors import UserError
+
+# Tells what lies beside the target while each file is read, and may end the run or shrink the disk.
+WATCHED = """
+from collections import namedtuple
+from pathlib import Path
+from unittest import mock
+from hf_llama3.conversion import convert, streaming
+
+target, seen = Path({target!r}), []
+
+def watch(plan, file, folder, verify, write=streaming.write_from):
+    seen.append(sorted(path.name for path in folder.rglob("*.safetensors") if ".fetched" in path.parts))
+    if file == {stop!r}:
+        raise KeyboardInterrupt
+    return write(plan, file, folder, verify)
+
+usage = namedtuple("usage", "total used free")
+with mock.patch.object(streaming, "write_from", watch), mock.patch.object(
+    streaming.shutil, "disk_usage", lambda place: usage(10**9, 0, {free})
+):
+    try:
+        report = convert({source!r}, target, {to!r}, stream={stream!r}).to_dict()
+    except KeyboardInterrupt:
+        report = None
+result = [report, seen]
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model in three files with a tokenizer."""
+    folder = tmp_path_factory.mktemp("streamed")
+    write_meta(folder / "meta", params(vocab=516, layers=8), mp=2, tokenizer=small_tokenizer(folder))
+    convert(folder / "meta", folder / "hf", max_shard_size="340KB", instruct=True, verify=False)
+    assert len(list((folder / "hf").glob("*.safetensors"))) == 3
+    return folder / "hf"
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+HEADER = 100_001  # bytes that the library asks for to read the headers, at most
+
+
+def weights_of(hub):
+    return {name: size for name, size in hub.downloads().items() if name.endswith(".safetensors")}
+
+
+def sizes_of(model):
+    return {path.name: path.stat().st_size for path in model.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--to", "meta", "--mp", "2"), ("--to", "hf", "--max-shard-size", "200KB"), ("--to", "dcp"), ("--dtype", "f16")],
+)
+def test_the_same_files(options, client, hub, model, tmp_path):
+    """To the byte, hashes and provenance as well; each file of weights is fetched once."""
+    name = f"lab/streamed-{options[1]}"
+    hub.add(name, files_of(model))
+    client.run("convert", name, tmp_path / "streamed", *options, "--stream")
+    sizes = sizes_of(model)
+    assert weights_of(hub) == {file: size + min(size, HEADER) for file, size in sizes.items()}
+    hub.clear()
+    client.run("convert", name, tmp_path / "whole", *options)
+    assert weights_of(hub) == sizes  # no headers where there is room; the first had left none in the cache
+    assert files_of(tmp_path / "streamed") == files_of(tmp_path / "whole")
+
+
+def test_no_more_than_one_file_of_the_source_is_there(client, hub, model, tmp_path):
+    """Where the disk has no room for all of it, nobody has to ask; what an interrupted run wrote stays."""
+    hub.add("lab/streamed-interrupted", files_of(model))
+    shards = sorted(path.name for path in model.glob("*.safetensors"))
+    request = {"source": "lab/streamed-interrupted", "target": str(tmp_path / "hf"), "to": "hf", "stream": None}
+    request["free"] = 2 * sum(path.stat().st_size for path in model.glob("*.safetensors")) - 1
+    report, seen = client.python(WATCHED.format(**request, stop=shards[1]))
+    assert report is None and seen == [[shards[0]], [shards[1]]] and not (tmp_path / "hf").exists()
+    hub.clear()
+    report, seen = client.python(WATCHED.format(**request, stop=None))
+    assert seen == [[shards[1]], [shards[2]]] and report["resumed"] == [shards[0]]
+    assert hub.downloads()[shards[0]] <= HEADER and report["verification"]["ok"]
+    assert any(
+        "are fetched one file after another, " in note and "in the Hub's cache" in note for note in report["notes"]
+    )
+    convert(model, tmp_path / "local", to="hf", verify=False)
+    name = "model.safetensors"
+    assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    assert not list((tmp_path / "hf").glob(".*"))
+
+
+def test_room_for_all(client, hub, model, tmp_path):
+    hub.add("lab/streamed-roomy", files_of(model))
+    request = {"source": "lab/streamed-roomy", "target": str(tmp_path / "meta"), "to": "meta", "stream": None}
+    report, seen = client.python(WATCHED.format(**request, stop=None, free=10**9))
+    assert seen == [] and report["verification"]["ok"]
+
+
+@pytest.mark.parametrize("fault", ["answer", "connection"])
+def test_faults(fault, client, hub, model, tmp_path):
+    name, shards = f"lab/streamed-{fault}", sorted(path.name for path in model.glob("*.safetensors"))
+    hub.add(name, files_of(model))
+    command = ("convert", name, tmp_path / "meta", "--to", "meta", "--stream")
+    if fault == "answer":
+        hub.fail(403, times=99, method="GET", path=shards[1])
+        assert "the Hub answered 403 to a request for lab/streamed-answer" in client.refuse(*command)
+        hub.faults.clear()
+        hub.clear()
+    else:
+        hub.drop(110_000, times=2, path=shards[1])  # more than the headers, which come first
+    client.run(*command)
+    convert(model, tmp_path / "local", to="meta", verify=False)
+    assert (tmp_path / "meta" / "consolidated.00.pth").read_bytes() == (
+        tmp_path / "local" / "consolidated.00.pth"
+    ).read_bytes()
+
+
+def test_a_dry_run_says_what_each_way_takes(client, hub, model, tmp_path):
+    hub.add("lab/streamed-dry", files_of(model))
+    answer = client.run(
+        "convert", "lab/streamed-dry", tmp_path / "meta", "--to", "meta", "--stream", "--dry-run", "--json"
+    )
+    sizes = [path.stat().st_size for path in model.glob("*.safetensors")]
+    (note,) = [note for note in json.loads(answer.stdout)["notes"] if "one file after another" in note]
+    at_once, whole = (int(re.search(words, note)[1]) for words in (r"(\d+) bytes of them", r"would take (\d+) in"))
+    assert abs(at_once - 2 * max(sizes)) < 1000 and abs(whole - sum(sizes)) < 1000  # but for a line in the headers
+    assert max(weights_of(hub).values()) <= HEADER and not (tmp_path / "meta").exists()
+
+
+def test_what_cannot_be_read_file_by_file(client, hub, model, tmp_path):
+    with pytest.raises(UserError, match=r"--stream is for a repository on the Hub, got .*; leave it out"):
+        convert(model, tmp_path / "meta", stream=True)
+    hub.add("lab/streamed-pickled", {"config.json": (model / "config.json").read_bytes(), "pytorch_model.bin": b""})
+    sentence = client.refuse("convert", "lab/streamed-pickled", tmp_path / "meta", "--stream")
+    assert "cannot be read file by file, since it has no headers of safetensors to plan by; leave out --s" in sentence
+    hf_model(tied=True).save_pretrained(tmp_path / "tied")
+    path = tmp_path / "tied" / "model.safetensors"
+    save_file(load_file(path) | {"lm_head.weight": torch.zeros(512, 64).bfloat16()}, path, metadata={"format": "pt"})
+    hub.add("lab/streamed-tied", files_of(tmp_path / "tied"))
+    sentence = client.refuse("convert", "lab/streamed-tied", tmp_path / "meta", "--stream")
+    assert "lab/streamed-tied stores a head beside the embedding that it is tied to" in sentence
+    assert "add --no-stream, and make room for all of it" in sentence
