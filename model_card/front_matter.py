@@ -10,11 +10,12 @@ from pathlib import Path
 import yaml
 
 from hf_llama3.errors import UserError, words_of
+from hf_llama3.files.json import MAX_DIGITS
 
 from .licenses import IDENTIFIERS
 
 REPOSITORY = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
-MOST_CHARACTERS = 2**18  # of front matter, which takes Python's reader three seconds
+MOST_CHARACTERS = 2**17  # of front matter, which takes Python's reader two seconds
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 LISTED = "|".join(map(re.escape, IDENTIFIERS))
 # Key -> (pattern of each value, whether several are allowed, description for an error)
@@ -40,6 +41,15 @@ class Loader(yaml.SafeLoader):
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "a value must stand where it is meant, got a reference", mark)
         return super().compose_node(parent, index)
+
+    def construct_number(self, node):
+        if len(node.value) > MAX_DIGITS:
+            rule = f"a number must have at most {MAX_DIGITS} digits, got {len(node.value)}"
+            raise yaml.constructor.ConstructorError(None, None, rule, node.start_mark)
+        return self.construct_yaml_int(node)
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_number)
 
 
 def split_card(content: str) -> tuple[str | None, str]:

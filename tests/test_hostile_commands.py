@@ -108,9 +108,9 @@ def test_tokenizers(kind, here):
 def test_long_texts(folder, monkeypatch):
     monkeypatch.chdir(folder)
     prompts, generate = Path("prompts"), ("generate", "hf", "--prompts", "prompts", "--max-new-tokens", 1)
-    prompts.write_text("a\n" + "b" * (2**21 + 1))
-    assert "line 2 of prompts must be at most 2097152 characters, got more" in refuse(*generate)
-    prompts.write_text("a\n" + "b" * 2**21 + "\n")
+    prompts.write_text("a\n" + "b" * (2**20 + 1))
+    assert "line 2 of prompts must be at most 1048576 characters, got more" in refuse(*generate)
+    prompts.write_text("a\n" + "b" * 2**20 + "\n")
     assert "must fit the model's context of 64" in refuse(*generate)
     prompts.write_text("a\n")
     os.truncate(prompts, 2**31)

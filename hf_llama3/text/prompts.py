@@ -22,7 +22,7 @@ from .completion import Completion, check_lengths, check_rows, check_sampling, g
 SETTINGS_FILE, LINES_FILE = "settings.json", "completions.jsonl"
 BATCHES_AT_A_TIME = 4  # batches for each process, among which prompts of similar length are put together
 LINES_AT_A_TIME = 1024  # prompts whose lengths are checked together
-MOST_OF_A_LINE = 2**21  # characters; a context of 131,072 tokens holds 0.6 million of a usual text
+MOST_OF_A_LINE = 2**20  # characters; a context of 131,072 tokens holds 0.6 million of a usual text
 
 
 @dataclass

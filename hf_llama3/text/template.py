@@ -17,7 +17,7 @@ except ImportError:  # another system
 
 SECONDS = 5  # for all conversations of a call
 BYTES = 300 * 10**6  # more than the process had before
-MOST_CHARACTERS = 2**22  # of a text; a context of 131,072 tokens holds 0.6 million of a usual one
+MOST_CHARACTERS = 2**20  # of a text; a context of 131,072 tokens holds 0.6 million of a usual one
 
 
 class TooLong(Exception):

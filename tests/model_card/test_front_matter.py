@@ -40,6 +40,12 @@ def test_what_is_right():
         ("license: mit\nlicense: mit\n", "line 3: `license` stands in line 2 already"),
         ("license: mit\ntags: [a\n", "line 4: .*; mend the YAML there"),
         ("license: mit\nlanguage: &a [&b [*a, *b]]\n", "line 3: a value must stand where it is meant, got a reference"),
+        (
+            "license: mit\nrun: " + ":".join(["59"] * 9000) + "\n",
+            "line 3: a number must have at most 40 digits, got 26999",
+        ),
+        ("license: mit\na: {<<: {b: &c 1}, d: *c}\n", "line 3: a value must stand where it is meant"),
+        ("license: mit\na: " + "x" * 2**17, "must have front matter of at most 131072 characters"),
         ("- license\n", "line 2: front matter must be keys with values, got list"),
         ("tags:\n- a\n", "has no `license` in its front matter"),
         ("", "has no `license` in its front matter"),
