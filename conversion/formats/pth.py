@@ -16,12 +16,13 @@ from hf_llama3.files.reading import require_file
 
 from .names import is_rope_table
 from .storage import BY_STORAGE, Dtype, SourceFile, StoredTensor
-from .unpickle import MAX_PICKLE_BYTES, Damaged, Forbidden, Read, Tensor, forbidden, read_pickle
-from .unzipped import is_unzipped, read_unzipped
+from .unpickle import MAX_PICKLE_BYTES, Damaged, Forbidden, Read, Storage, Tensor, forbidden, read_pickle
+from .unzipped import SIZES, is_unzipped, read_unzipped
 from .zip import CENTRAL_HEADER, LOCAL_HEADER, MAX_32, STORED, UTF8, read_member, read_members
 
 PICKLE_BYTES, PICKLE_BYTES_OF_A_TENSOR = 2**18, 2**12  # at most; torch.save takes some 300 for a tensor
-MAX_BYTE_ORDER = 64  # bytes
+MAX_FACT = 1024  # bytes of a member beside the pickle and the storages: a version, a byte order, a number
+VERSIONS = range(1, 11)  # of the format; torch's caffe2/serialize/versions.h
 # Where trainers keep the weights beside the state of their run.
 STATE_KEYS = ("model", "state_dict", "model_state_dict", "module", "weights")
 ALIGNMENT = 64  # bytes, torch's own
@@ -71,6 +72,8 @@ def read_zip(path: Path, start: int = 0, length: int | None = None) -> tuple[Rea
         if len(pickles) != 1:
             raise UserError(f"{path} must hold one pickle of tensors, got {len(pickles)}; it is no PyTorch checkpoint")
         prefix = pickles[0].removesuffix("data.pkl")
+        if outside := next((name for name in members if not name.startswith(prefix)), None):
+            raise UserError(f"{path} must hold nothing outside of {shown(prefix)}, got {quoted(outside)}")
         storages = {}
         for name, member in members.items():
             if not name.startswith(f"{prefix}data/"):
@@ -79,19 +82,51 @@ def read_zip(path: Path, start: int = 0, length: int | None = None) -> tuple[Rea
                 remedy = "save the checkpoint again with torch.save"
                 raise UserError(f"{shown(name)} in {path} must be stored uncompressed; {remedy}")
             storages[name.removeprefix(f"{prefix}data/")] = start + member.start, member.size
-        if f"{prefix}byteorder" in members:
-            order = read_member(window, path, members[f"{prefix}byteorder"], MAX_BYTE_ORDER)
-            if order != b"little":
-                got = f"byte order {quoted(order)}"
-                raise UserError(f"{path} must be little-endian, got {got}; save it again on this machine")
+        facts = {}
+        for name, member in members.items():
+            if name != pickles[0] and not name.startswith(f"{prefix}data/"):
+                facts[name.removeprefix(prefix)] = read_member(window, path, member, MAX_FACT)
         most = min(PICKLE_BYTES + PICKLE_BYTES_OF_A_TENSOR * len(storages), MAX_PICKLE_BYTES)
         pickled = read_member(window, path, members[pickles[0]], most)
     try:
-        return read_pickle(pickled), storages
+        read = read_pickle(pickled)
+        check_storages(read.storages, storages)
     except Forbidden as error:
         raise forbidden(path, error) from error
     except (Damaged, UnicodeDecodeError) as error:
         raise UserError(f"the list of tensors in {path} is damaged ({shown(error)}); download it again") from error
+    check_facts(facts, path)
+    return read, storages
+
+
+def check_facts(facts: dict[str, bytes], path: Path):
+    """Raise unless what a file says of itself is what torch reads.
+
+    Raises:
+        UserError: it is of another version or byte order, or no text.
+    """
+    order, version = facts.get("byteorder", b"little"), facts.get("version", facts.get(".data/version", b"none"))
+    if order != b"little":
+        raise UserError(f"{path} must be little-endian, got byte order {quoted(order)}; save it again on this machine")
+    if not version.strip().isdigit() or len(version) > 8 or int(version) not in VERSIONS:
+        rule = f"must be of a version from {VERSIONS[0]} to {VERSIONS[-1]} of PyTorch's format"
+        raise UserError(f"{path} {rule}, got {quoted(version)}; save it again")
+    if damaged := next((name for name, content in facts.items() if not content.isascii()), None):
+        raise UserError(f"{shown(damaged)} in {path} must be a text; download it again")
+
+
+def check_storages(named: dict[str, Storage], found: dict[str, tuple[int, int]]):
+    """Raise unless each storage is as long as the pickle says: torch takes that, whatever lies behind it.
+
+    Raises:
+        Damaged: naming the storage.
+    """
+    for key, storage in named.items():
+        if storage.is_view:
+            raise Damaged(f"the storage {quoted(key)} is named as in files without a zip")
+        wanted = storage.elements * SIZES.get(storage.kind.name, 1)
+        if key in found and storage.kind.name in (*SIZES, "UntypedStorage") and found[key][1] != wanted:
+            raise Damaged(f"the storage {quoted(key)} must have {wanted} bytes, got {found[key][1]}")
 
 
 def tensors_of(state, path: Path) -> dict[str, Tensor]:

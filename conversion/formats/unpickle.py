@@ -43,6 +43,7 @@ class Storage(NamedTuple):
     kind: Global
     key: str
     elements: int
+    is_view: bool = False  # whether a place for views follows, as in files from before torch 1.6
 
 
 class Tensor(NamedTuple):
@@ -239,7 +240,7 @@ class Machine:
         pid = self.pop()
         match pid:
             case ("storage", Global() as kind, str() as key, str(), int() as elements, *rest):
-                storage = Storage(kind, key, elements)
+                storage = Storage(kind, key, elements, rest == [None])
                 known = self.storages.setdefault(key, storage) == storage
                 if type(pid) is tuple and rest in ([], [None]) and kind.is_type and known:
                     self.stack.append(storage)
@@ -252,7 +253,7 @@ class Machine:
             raise Damaged("it calls what is no function")
         if function == ORDERED_DICT and not arguments:
             self.push_new({})
-        elif function.name == "_rebuild_parameter" and arguments and type(arguments[0]) is Tensor:
+        elif function.name == "_rebuild_parameter" and tuple(map(type, arguments)) == (Tensor, bool, dict):
             self.stack.append(arguments[0])
         elif function in REBUILD and function.name != "_rebuild_parameter":
             self.stack.append(describe_tensor(arguments, function.name.endswith("v3")))
@@ -271,7 +272,10 @@ def describe_tensor(arguments: tuple, with_type: bool) -> Tensor:
         case (Storage() as storage, int() as first, tuple() as shape, tuple() as strides, bool(), dict(), *rest):
             numbers, dtype = (first, *shape, *strides), rest[0] if with_type and rest else None
             is_typed = type(dtype) is Global and dtype.is_type if with_type else True
-            if all(type(one) is int for one in numbers) and len(shape) == len(strides) <= 32 and is_typed:
+            more = rest[with_type:]  # attributes of the tensor in Python
+            is_plain = more in ([], [None]) or list(map(type, more)) == [dict]
+            numbers_fit = all(type(one) is int for one in numbers) and len(shape) == len(strides) <= 32
+            if is_typed and is_plain and numbers_fit:
                 return Tensor(storage, first, shape, strides, dtype)
     raise Damaged("it describes a tensor otherwise than torch.save does")
 

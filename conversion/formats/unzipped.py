@@ -14,6 +14,7 @@ from .storage import BY_STORAGE
 from .unpickle import MAX_PICKLE_BYTES, Damaged, Forbidden, Read, forbidden, read_pickle
 
 MAGIC = 0x1950A86A20F9469CFC6C
+VERSION = 1001
 COUNT_BYTES = 8
 SIZES = {"LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1}
 SIZES |= {"BoolStorage": 1, "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16}
@@ -33,9 +34,13 @@ def read_unzipped(path: Path) -> tuple[Read, dict[str, tuple[int, int]]]:
         UserError: it is another pickle, or damaged.
     """
     with open(path, "rb") as file:
-        magic, _, machine, tensors, keys = read_pickles(file.read(MAX_PICKLE_BYTES), path)
+        magic, version, machine, tensors, keys = read_pickles(file.read(MAX_PICKLE_BYTES), path)
         if magic.value != MAGIC:
             raise UserError(f"{path} is a pickle, but none of torch.save's; save the model's state_dict by torch.save")
+        if version.value != VERSION:
+            raise UserError(
+                f"{path} must be of version {VERSION} of its format, got {quoted(version.value)}; save it again"
+            )
         if type(machine.value) is not dict or machine.value.get("little_endian", True) is not True:
             raise UserError(f"{path} must be little-endian; save it again on this machine")
         storages, at, end = {}, keys.end, path.stat().st_size
@@ -44,7 +49,7 @@ def read_unzipped(path: Path) -> tuple[Read, dict[str, tuple[int, int]]]:
             itemsize = SIZES.get(storage.kind.name) if storage else None
             file.seek(at)
             count = int.from_bytes(file.read(COUNT_BYTES), "little")
-            if itemsize is None or count != storage.elements:
+            if itemsize is None or count != storage.elements or not storage.is_view:
                 raise UserError(f"the storage {quoted(key)} of {path} is damaged or of an unknown type; save it again")
             storages[key] = (at + COUNT_BYTES, count * itemsize)
             at += COUNT_BYTES + count * itemsize

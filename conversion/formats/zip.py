@@ -21,6 +21,7 @@ LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 MAX_16, MAX_32 = 0xFFFF, 0xFFFFFFFF  # this much and more stands in a zip's 64-bit fields
 SIZES_AFTER, UTF8 = 0x8, 0x800  # flags: sizes stand after a member's bytes as well; names are UTF-8
 STORED, DEFLATED = 0, 8
+IS_FOLDER = 0x10  # attribute: torch's reader takes nothing out of such a member, and says that all went well
 MAX_DIRECTORY_BYTES = 8 * 2**20  # eighty thousand members
 MAX_INFLATED_BYTES = 2**20  # torch.save compresses nothing
 
@@ -83,15 +84,17 @@ def find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
     signature, disk, first_disk, here, count, length, start, comment = END.unpack(read_at(file, end, END.size))
     if signature != b"PK\x05\x06" or comment:
         raise Damaged("it does not end as a zip file does")
+    if disk or first_disk:
+        raise Damaged(f"it is divided among several disks, of which this is {disk}")
     narrow = (here, count, length, start)
     if end >= WIDE_LOCATOR.size:
         at = end - WIDE_LOCATOR.size
-        locator, _, wide, _ = WIDE_LOCATOR.unpack(read_at(file, at, WIDE_LOCATOR.size))
+        locator, on_disk, wide, disks = WIDE_LOCATOR.unpack(read_at(file, at, WIDE_LOCATOR.size))
         if locator == b"PK\x06\x07":
-            if wide + WIDE_END.size != at:
+            if wide + WIDE_END.size != at or on_disk or disks != 1:
                 raise Damaged("its end is not where it says")
             end = wide
-            signature, _, _, _, disk, first_disk, here, count, length, start = WIDE_END.unpack(
+            signature, record, _, _, disk, first_disk, here, count, length, start = WIDE_END.unpack(
                 read_at(file, wide, WIDE_END.size)
             )
             limits = (MAX_16, MAX_16, MAX_32, MAX_32)
@@ -99,7 +102,7 @@ def find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
                 one in (other, most)
                 for one, other, most in zip(narrow, (here, count, length, start), limits, strict=True)
             )
-            if signature != b"PK\x06\x06" or not agree:
+            if signature != b"PK\x06\x06" or record != WIDE_END.size - 12 or not agree:
                 raise Damaged("its two ends contradict each other")
     if disk or first_disk or here != count or start + length != end:
         raise Damaged("its directory is not where it says")
@@ -120,6 +123,9 @@ def read_entry(directory: bytes, at: int) -> tuple[Member, int, int, int]:
     name = read_name(directory[at : at + name_length])
     extra = directory[at + name_length : at + name_length + extra_length]
     size, packed, header = widen(extra, size, packed, fields[-1])
+    disk, _, attributes = fields[13:16]
+    if disk or attributes & IS_FOLDER:
+        raise Damaged(f"{quoted(name)} lies on another disk, or is a folder")
     if flags & ~(SIZES_AFTER | UTF8):
         raise Damaged(f"{quoted(name)} is encrypted or of another kind, flags {flags:#x}")
     if method not in (STORED, DEFLATED) or (method == STORED and size != packed):
