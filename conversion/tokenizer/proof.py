@@ -150,7 +150,8 @@ def compare_texts(ours: Reading, theirs: Reading, texts: list[str], with_special
         ids, other_ids = (reading.encode(texts, special) for reading in (ours, theirs))
         if difference := first_difference("ids of", texts, ids, other_ids):
             return difference
-        for skip in (False, True):
+        shown = not special or (ours.shows_special and theirs.shows_special)
+        for skip in (False, True) if shown else (True,):
             joined, other_joined = (reading.decode(ids, skip) for reading in (ours, theirs))
             if difference := first_difference("the text of", ids, joined, other_joined):
                 return difference

@@ -48,6 +48,7 @@ class Reading:
     settings: dict = field(default_factory=dict)
     templates: dict[str, str] = field(default_factory=dict)
     batch: Callable[[list[str], int], list[list[int]]] | None = None  # cut to a length and padded
+    shows_special: bool = True  # whether special tokens that are not left out are spelled in a text
 
 
 def read_ranks_as_meta(path: Path, names: list[str], begin: int | None) -> Reading:
@@ -149,6 +150,7 @@ def read_sentencepiece_model(path: Path) -> Reading:
         encode=lambda texts, with_special: [[model.bos_id()] * with_special + model.encode(text) for text in texts],
         decode=lambda batch, skip: [decode_one(ids, skip) for ids in batch],
         special={model.id_to_piece(index) for index in special},
+        shows_special=False,
     )
 
 
