@@ -220,7 +220,9 @@ def plan_gguf(source: Checkpoint, name: str, kind: str | None) -> Plan:
     dtype = BY_KIND[kind].dtype.name if kind else source.more_config.get("dtype", source.dtype)
     config = portable_config(source.config, dtype, "llama", source.more_config)
     small = hf_small_files(source, config, {}, 0, notes)
-    lists = gguf_tokenizer(source, small, notes)
+    made = source.tokenizer_kind == "sentencepiece" and "tokenizer.json" not in small
+    tokenizer = sentencepiece_files(source) | small if made else small
+    lists = gguf_tokenizer(source, tokenizer, notes)
     stored = BY_KIND[kind].dtype.name if kind and BY_KIND[kind].exact else source.dtype
     general = {"architecture": "llama", "type": "model", "name": source.path.resolve().name.removesuffix(".gguf")}
     general["file_type"] = FILE_TYPES[kind] if kind else FILE_TYPES[EXACT[stored].name]
@@ -229,7 +231,7 @@ def plan_gguf(source: Checkpoint, name: str, kind: str | None) -> Plan:
     files = [PlannedFile(name, GgufLayout(metadata | carry(small, metadata), describe(tensors)), tensors)]
 
     def make_small_files():
-        if lists["tokenizer.ggml.model"] != NONE and (said := check_gguf_tokenizer(small, metadata)):
+        if lists["tokenizer.ggml.model"] != NONE and (said := check_gguf_tokenizer(tokenizer, metadata)):
             notes.append(said)
         return {}
 
@@ -272,8 +274,6 @@ class Casts:
 
 def gguf_tokenizer(source: Checkpoint, files: dict[str, bytes], notes: list[str]) -> dict:
     """Return the metadata of a tokenizer, given a Hugging Face folder's small files; note where llama.cpp has none."""
-    if source.tokenizer_kind == "sentencepiece" and "tokenizer.json" not in files:
-        files = sentencepiece_files(source) | files
     if "tokenizer.json" not in files:
         return {"tokenizer.ggml.model": NONE}
     with tempfile.TemporaryDirectory() as made:

@@ -55,7 +55,8 @@ def build_card(
     place = card if card is not None and card.exists() else folder / CARD
     info, existing = inspect(folder), read_card(place)
     if info.format != "hf":
-        raise UserError(f"{folder} is in Meta's format; convert it first, then make the card of the new folder")
+        form = "in Meta's format" if info.format == "meta" else "a model in GGUF"
+        raise UserError(f"{folder} is {form}; convert it first, then make the card of the new folder")
     written, provenance = read_front_matter(existing, place), read_provenance(folder)
     version = version_of(info, provenance)
     license = license or written.get("license") or license_of_meta(info, version)

@@ -188,5 +188,7 @@ def build_pieces(pieces: list[str], made: dict, apart: dict[str, bool], unknown:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    tokenizer.add_tokens([AddedToken(piece, special=special, normalized=False) for piece, special in apart.items()])
+    for piece, special in apart.items():  # by two methods, which overrule what the token says of itself
+        add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+        add([AddedToken(piece, normalized=False)])
     return tokenizer

@@ -16,7 +16,7 @@ from hf_llama3.files.json import parse_json, to_json
 
 from ..config.schema import MAX_TEMPLATE
 from .bounds import check_lengths
-from .bpe import PATTERN, SPECIAL, read_tokenizer_json
+from .bpe import PATTERN, read_tokenizer_json
 from .files import PORTABLE_CLASS, build_pieces
 from .proof import split_alike
 from .templates import DEFAULT, TEMPLATE_FILE, TEMPLATE_FOLDER
@@ -158,7 +158,8 @@ def build_bpe(tokens: list[str], types: list[int], merges: list[tuple[str, str]]
     tokenizer.decoder = decoders.ByteLevel()
     for index in range(used):
         if types[index] in apart:
-            tokenizer.add_tokens([AddedToken(tokens[index], **SPECIAL | {"special": types[index] == CONTROL})])
+            add = tokenizer.add_special_tokens if types[index] == CONTROL else tokenizer.add_tokens
+            add([AddedToken(tokens[index], normalized=False)])
     return tokenizer
 
 

@@ -60,7 +60,8 @@ def find_difference(source: Checkpoint, target: Checkpoint) -> str | None:
             continue  # the same bytes, to the same reader
         pair = reading(source, kind), reading(target, other)
         if source.format != target.format and "gguf" in (source.format, target.format):
-            difference = compare_ids(*pair)
+            across = kind != other and "sentencepiece" in (source.tokenizer_kind, target.tokenizer_kind)
+            difference = compare_ids(*pair, without_special=across)
         elif kind == other:
             difference = compare_alike(*pair)
         else:
@@ -104,10 +105,17 @@ def compare_alike(ours: Reading, theirs: Reading) -> str | None:
     )
 
 
-def compare_ids(ours: Reading, theirs: Reading) -> str | None:
-    """Compare what a GGUF file says as well: not all of a tokenizer's settings have a place there."""
+def compare_ids(ours: Reading, theirs: Reading, without_special: bool = False) -> str | None:
+    """Compare what a GGUF file says as well: not all of a tokenizer's settings have a place there.
+
+    Args:
+        without_special: whether texts with the names of special tokens are left out, which sentencepiece does not find.
+    """
+    texts = hard_texts() + around(ours.special)
+    if without_special:
+        texts = [text for text in texts if not any(name in text for name in theirs.special | ours.special)]
     tokens = compare_values("token", ours.tokens, theirs.tokens)
-    return tokens or compare_texts(ours, theirs, hard_texts() + around(ours.special), with_special=(False,))
+    return tokens or compare_texts(ours, theirs, texts, with_special=(False,))
 
 
 def compare_across(ours: Reading, theirs: Reading, meta: Checkpoint) -> str | None:
@@ -122,10 +130,13 @@ def compare_across(ours: Reading, theirs: Reading, meta: Checkpoint) -> str | No
         texts = [text for text in texts if not any(name in text for name in theirs.special | ours.special)]
     else:
         texts += around(theirs.special)
-    alone = meta.hf_tokenizer is None
-    if difference := compare_texts(ours, theirs, texts, with_special=(False, True) if alone else (False,)):
+    alone, pieces = meta.hf_tokenizer is None, meta.tokenizer_kind == "sentencepiece"
+    joined = alone and not pieces  # sentencepiece's own library leaves out what begins a text when it joins
+    if difference := compare_texts(ours, theirs, texts, with_special=(False, True) if joined else (False,)):
         return difference
-    if not alone or meta.tokenizer_kind == "sentencepiece":
+    if alone and pieces:
+        return first_difference("ids of", texts, ours.encode(texts, True), theirs.encode(texts, True))
+    if not alone:
         return None
     pad, wanted = theirs.tokens.get(theirs.settings["pad_token"]), meta.config["pad_token_id"]
     if pad != wanted and wanted in ours.tokens.values():

@@ -10,6 +10,7 @@ from checkpoints import params, shard, write_meta
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_llama3.conversion import convert, inspect, load_meta, verify
+from hf_llama3.conversion.formats.gguf import opening
 from hf_llama3.conversion.load import load_meta_tokenizer
 from hf_llama3.errors import UserError
 from hf_llama3.quickstart import python_documentation
@@ -74,6 +75,27 @@ def test_there_and_back(llama2, tmp_path):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert verify(source, tmp_path / "again").ok
     assert (tmp_path / "again" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+
+
+@pytest.mark.parametrize("start", ["meta", "hf", "hf without tokenizer.json"])
+def test_into_gguf_and_back(start, llama2, tmp_path, monkeypatch):
+    """The carried files give tokenizer.model back; pieces and scores alone, as llama.cpp reads them, split alike."""
+    convert(llama2[0], tmp_path / "hf")
+    source = llama2[0] if start == "meta" else tmp_path / "hf"
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    if "without" in start:
+        (source / "tokenizer.json").unlink()
+    report = convert(source, tmp_path / "model.gguf")
+    assert not any("llama.cpp" in note for note in report.notes), report.notes
+    convert(tmp_path / "model.gguf", tmp_path / "meta-again", to="meta")
+    assert (tmp_path / "meta-again" / "tokenizer.model").read_bytes() == (llama2[0] / "tokenizer.model").read_bytes()
+    assert verify(llama2[0], tmp_path / "meta-again").tokenizer == "equal"
+    monkeypatch.setattr(opening, "unpack", lambda *_: None)
+    convert(tmp_path / "model.gguf", tmp_path / "lists")
+    ours = AutoTokenizer.from_pretrained(tmp_path / "lists")
+    for text in TEXTS:
+        ids = theirs(text)["input_ids"]
+        assert ours(text)["input_ids"] == ids and ours.decode(ids) == theirs.decode(ids), text
 
 
 @pytest.mark.parametrize("start", ["meta", "hf", "hf without tokenizer.model"])
