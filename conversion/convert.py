@@ -19,9 +19,9 @@ from hf_llama3.files.hashes import CHECKLIST, CHECKSUMS, check_sums, format_sums
 from hf_llama3.files.progress import byte_bar
 from hf_llama3.files.reading import refuse_links
 
-from .adapter.crossing import check_crossed, cross_adapter
 from .adapter.files import is_adapter
 from .adapter.merging import merge_adapter
+from .adapter.run import convert_adapter
 from .checkpoint import Checkpoint
 from .formats.cast import Cast
 from .formats.dcp import SUFFIX
@@ -157,45 +157,6 @@ def carry_out(
                 check_unchanged(checkpoint, seen)
     report.seconds = round(time.perf_counter() - started, 3)
     return report
-
-
-def convert_adapter(source: Path, target: Path, to, given: dict, dry_run: bool, overwrite: bool) -> ConversionReport:
-    """Put a LoRA adapter into the other format's names and order of rows, as `convert` does; it is small.
-
-    Raises:
-        UserError: it is more than LoRA, an option has no meaning for it, or the target is not free.
-    """
-    started = time.perf_counter()
-    for option, value in given.items():
-        if value is not None:
-            raise UserError(f"{option} is for a model, got {value!r} with an adapter; leave it out")
-    crossed = cross_adapter(source)
-    if to not in (None, crossed.to):
-        order = {"hf": "Hugging Face", "meta": "Meta"}[crossed.adapter.order]
-        raise UserError(f"--to must be {crossed.to!r} for an adapter in {order}'s order, got {to!r}; leave it out")
-    nbytes = sum(map(len, crossed.files.values()))
-    free = check_target(source.resolve(), target, nbytes, overwrite)
-    if not dry_run:
-        with staging(target, overwrite) as folder:
-            write_files(folder, crossed.files)
-            check_crossed(crossed, folder)
-    stored = {pair.b.file.path for pair in crossed.adapter.pairs.values()}
-    return ConversionReport(
-        *(str(source), str(target), f"adapter, {crossed.adapter.order}", f"adapter, {crossed.to}"),
-        source_files={path.name: path.stat().st_size for path in stored},
-        files={name: len(content) for name, content in crossed.files.items()},
-        tensors=crossed.tensors,
-        bytes=nbytes,
-        free_bytes=free,
-        memory_bytes=MEMORY_BYTES,
-        seconds=round(time.perf_counter() - started, 3),
-        resumed=[],
-        largest_error=None,
-        inferred=[f"heads of {crossed.head_dim} channels"] if crossed.head_dim else [],
-        notes=crossed.notes,
-        dry_run=dry_run,
-        verification=None,
-    )
 
 
 def check_unchanged(source: Checkpoint, seen: dict[Path, Identity | None]):

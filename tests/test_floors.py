@@ -34,6 +34,7 @@ FLOORS = [
     ["conversion.load", "conversion.logits"],
     ["conversion.verify", "conversion.streaming"],
     ["conversion.provenance"],
+    ["conversion.adapter.run"],
     ["conversion.convert"],
     ["conversion"],
     ["cpu", "distributed"],

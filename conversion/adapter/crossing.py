@@ -15,11 +15,16 @@ from hf_llama3.files.reading import read_file
 
 from ..config.hf import read_config
 from ..config.params import read_params
+from ..formats.gguf import SUFFIX
+from ..formats.gguf.file import read_gguf
 from ..formats.hf import ADAPTER
 from ..formats.meta import PARAMS_FILE
 from ..formats.safetensors import SafetensorsLayout, read_metadata
+from ..formats.storage import to_floats
 from ..weights import EMBEDDING, LAYER_TABLE, OUTPUT, half_to_interleaved, interleaved_to_half
 from .files import LORA, LORA_OF_EMBEDDING, OLDER_TENSORS, PREFIX, TENSORS, Adapter, Pair, read_adapter, row_of
+from .gguf import ENDS as GGUF_ENDS
+from .gguf import gguf_adapter
 
 HEAD_DIM, BEFORE = "head_dim", "adapter_config"  # keys of the header
 IN_LAYERS = {
@@ -33,25 +38,39 @@ class CrossedAdapter:
     """What is written for an adapter in the other order."""
 
     adapter: Adapter
-    to: str  # "hf" or "meta"
+    to: str  # "hf", "meta" or "gguf"
     files: dict[str, bytes]
     tensors: int
     head_dim: int | None
     notes: list[str]
 
 
-def cross_adapter(folder: Path) -> CrossedAdapter:
-    """Make the files of an adapter in the other format's names and order.
+def cross_adapter(folder: Path, target: Path, to: str | None = None) -> CrossedAdapter:
+    """Make the files of an adapter in the other format's names and order, or the one that llama.cpp takes.
 
     Raises:
         UserError: it is no LoRA adapter of a Llama, or nothing says how wide its heads are.
     """
     adapter = read_adapter(folder)
-    to = "meta" if adapter.order == "hf" else "hf"
+    other = "meta" if adapter.order == "hf" else "hf"
+    if to not in (None, other, "gguf"):
+        order = {"hf": "Hugging Face", "meta": "Meta"}[adapter.order]
+        raise UserError(f"--to must be {other!r} or 'gguf' for an adapter in {order}'s order, got {to!r}; leave it out")
+    to = to or ("gguf" if target.suffix == SUFFIX else other)
     safe = folder / TENSORS
     metadata = read_metadata(safe) if safe.exists() else {}
     rotary = any(row_of(name).rotary for name in adapter.pairs)
     head_dim = find_head_dim(adapter, metadata) if rotary else None
+    notes = left_out(folder)
+    if to == "gguf":
+
+        def rows_of_b(name: str) -> np.ndarray:
+            b = adapter.pairs[name].b
+            turned = row_of(name).rotary and adapter.order == "hf"
+            return reorder(b.array[:], "meta", head_dim, f"{b.file.path}: {name}") if turned else b.array[:]
+
+        files = {target.name: gguf_adapter(adapter, rows_of_b, notes)}
+        return CrossedAdapter(adapter, to, files, 2 * len(adapter.pairs), head_dim, notes)
     arrays = {}
     for name, pair in adapter.pairs.items():
         row = row_of(name)
@@ -70,10 +89,14 @@ def cross_adapter(folder: Path) -> CrossedAdapter:
     content = b"".join([layout.fixed([])[0][1], *(array.tobytes() for _, array in arrays.values())])
     before = metadata.get(BEFORE) if to == "hf" else None
     written = before.encode() if before else to_json(rename_modules(adapter, to))
+    return CrossedAdapter(adapter, to, {TENSORS: content, ADAPTER: written}, len(arrays), head_dim, notes)
+
+
+def left_out(folder: Path) -> list[str]:
+    """Say what is none of an adapter's files."""
     read = (ADAPTER, TENSORS, OLDER_TENSORS)
     others = sorted(path.name for path in folder.iterdir() if path.name not in read)
-    notes = [f"left out, since it is none of an adapter's files: {', '.join(map(shown, others[:5]))}"] if others else []
-    return CrossedAdapter(adapter, to, {TENSORS: content, ADAPTER: written}, len(arrays), head_dim, notes)
+    return [f"left out, since it is none of an adapter's files: {', '.join(map(shown, others[:5]))}"] if others else []
 
 
 def reorder(b: np.ndarray, to: str, head_dim: int, what: str) -> np.ndarray:
@@ -142,6 +165,9 @@ def check_crossed(crossed: CrossedAdapter, folder: Path):
     Raises:
         UserError: naming the weight.
     """
+    if crossed.to == "gguf":
+        check_gguf(crossed, folder)
+        return
     written = read_adapter(folder)
     for name, pair in crossed.adapter.pairs.items():
         other = written.pairs.get(name)
@@ -163,3 +189,23 @@ def rows_of_other(count: int, to: str, head_dim: int) -> list[int]:
     half = head_dim // 2
     in_hf = [row - row % head_dim + row % 2 * half + row % head_dim // 2 for row in range(count)]  # of Meta's rows
     return in_hf if to == "meta" else sorted(range(count), key=in_hf.__getitem__)
+
+
+def check_gguf(crossed: CrossedAdapter, folder: Path):
+    """Raise unless a GGUF file holds the adapter's matrices, each where it belongs, and its scales.
+
+    Raises:
+        UserError: naming the weight.
+    """
+    found = read_gguf(folder / next(iter(crossed.files)))
+    alpha = found.metadata["adapter.lora.alpha"]
+    for name, pair in crossed.adapter.pairs.items():
+        row, rank = row_of(name), pair.a.shape[0]
+        a, b = (found.tensors[row.gguf + end] for end in GGUF_ENDS)
+        ours = to_floats(np.ascontiguousarray(pair.b.array[:]), pair.b.dtype)
+        if row.rotary and crossed.adapter.order == "hf":
+            ours = ours[rows_of_other(len(ours), "meta", crossed.head_dim)]
+        theirs = to_floats(np.ascontiguousarray(b.array[:]), b.dtype) * (np.float32(alpha / rank) if alpha else 1)
+        turned = a.array[:].T if row.hf == EMBEDDING.hf else a.array[:]
+        if not np.array_equal(turned, pair.a.array[:]) or not np.allclose(theirs, ours * pair.scale, rtol=1e-6, atol=0):
+            raise UserError(f"{folder} differs from its source in {name}; please report this")

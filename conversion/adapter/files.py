@@ -94,7 +94,9 @@ def row_of(name: str) -> Row | None:
     row = WEIGHTS.get(".".join(parts))
     if row is None or number is None:
         return row
-    return row._replace(**{key: re.sub(r"\b0\b", str(int(number)), getattr(row, key)) for key in ("meta", "hf")})
+    return row._replace(
+        **{key: re.sub(r"\b0\b", str(int(number)), getattr(row, key)) for key in ("meta", "hf", "gguf")}
+    )
 
 
 def is_adapter(folder: Path) -> bool:

@@ -30,6 +30,7 @@ FORMATS = {
     "dcp": "torch.distributed.checkpoint",
     "adapter, hf": "a LoRA adapter in Hugging Face's order",
     "adapter, meta": "a LoRA adapter in Meta's order",
+    "adapter, gguf": "a LoRA adapter for llama.cpp",
 }
 SOURCE_OPTION, TARGET_OPTION, RUN_OPTION = group("What SOURCE is"), group("What TARGET is"), group("Run")
 
@@ -201,6 +202,8 @@ def convert(
     print_list("Note", notes)
     if dry_run:
         print("\nNothing was written: a dry run. Without --dry-run the same command converts.")
+    elif report["target_format"] == "adapter, gguf":
+        pass  # what comes next is llama.cpp's
     elif report["target_format"].startswith("adapter"):
         print_next("convert", "MODEL", "merged", "--adapter", target)
     else:

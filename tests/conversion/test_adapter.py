@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import hf_model
 from command_line import run
+from gguf import GGUFReader
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -301,7 +302,40 @@ def test_options_that_an_adapter_has_no_use_for(tmp_path):
     _, adapter = make(tmp_path)
     with pytest.raises(UserError, match="--mp is for a model, got 2 with an adapter; leave it out"):
         convert(adapter, tmp_path / "meta", mp=2)
-    with pytest.raises(UserError, match="--to must be 'meta' for an adapter in Hugging Face's order, got 'hf'"):
+    with pytest.raises(
+        UserError, match="--to must be 'meta' or 'gguf' for an adapter in Hugging Face's order, got 'hf'"
+    ):
         convert(adapter, tmp_path / "meta", to="hf")
     with pytest.raises(UserError, match=r"--adapter must be a folder with an adapter_config.json, got "):
         convert(tmp_path / "base", tmp_path / "merged", adapter=tmp_path / "base")
+
+
+def gguf_delta(path, name):
+    """Compute what llama.cpp adds to a weight: B @ A by alpha / rank, of an embedding turned over."""
+    reader = GGUFReader(path)
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    a, b = (next(one.data for one in reader.tensors if one.name == f"{name}.weight.lora_{end}") for end in "ab")
+    rank = b.shape[1]
+    added = (b @ a.T).T if name == "token_embd" else b @ a
+    return added * (alpha / rank if alpha else 1)
+
+
+@pytest.mark.parametrize("kind", ["all layers", "rslora", "patterns", "head", "embedding"])
+def test_an_adapter_for_llama_cpp(kind, tmp_path):
+    """Read by llama.cpp's own package: what is added to each weight of GGUF, in its order of rows."""
+    base, adapter = make(tmp_path, kind, dtype=torch.float32)
+    report = convert(adapter, tmp_path / "adapter.gguf")
+    assert report.target_format == "adapter, gguf"
+    assert any("scales of their own" in note for note in report.notes) is (kind == "patterns")
+    reader = GGUFReader(tmp_path / "adapter.gguf")
+    says = {key: reader.fields[key].contents() for key in ("general.type", "general.architecture", "adapter.type")}
+    assert says == {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
+    convert(base, tmp_path / "base.gguf", to="gguf")
+    convert(base, tmp_path / "merged.gguf", to="gguf", adapter=adapter)
+    files = (tmp_path / name for name in ("base.gguf", "merged.gguf"))
+    before, after = ({one.name: one.data for one in GGUFReader(file).tensors} for file in files)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert {one.name.rpartition(".lora_")[0] for one in reader.tensors} == changed
+    for name in changed:
+        ours = gguf_delta(tmp_path / "adapter.gguf", name.removesuffix(".weight"))
+        np.testing.assert_allclose(ours, after[name] - before[name], rtol=0, atol=1e-5 * np.abs(ours).max())

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_llama3 import Llama3ForCausalLM, load_meta
@@ -53,7 +54,7 @@ def llama():
     from llama_cpp import GGML_TYPE_F32, Llama
 
     options = {"n_ctx": 512, "n_threads": 1, "logits_all": True, "verbose": False}
-    return lambda path: Llama(str(path), **options, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
+    return lambda path, **more: Llama(str(path), **options, **more, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
 
 
 def test_the_way_through_all_formats_changes_nothing(given, made):
@@ -115,6 +116,19 @@ def compare_logits(model, engine, ids) -> float:
     difference = np.abs(ours - theirs).max() / np.abs(ours).max()
     print(f"largest difference {difference:.2g} of the largest logit")
     return difference
+
+
+def test_an_adapter_in_llama_cpp(made, tokenizer, llama, tmp_path):
+    """PEFT's logits of model and adapter; the model alone has others."""
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "o_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(made / "hf"), settings).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    convert(tmp_path / "adapter", tmp_path / "adapter.gguf")
+    ids = tokenizer(TEXT)["input_ids"][:64]
+    engine = llama(made / "again.gguf", lora_path=str(tmp_path / "adapter.gguf"))
+    assert compare_logits(model, engine, ids) < SCALE
+    assert compare_logits(model, llama(made / "again.gguf"), ids) > 100 * SCALE
 
 
 def test_llama_cpp_splits_texts_as_we_do(made, tokenizer, llama):

@@ -1,0 +1,50 @@
+"""An adapter converted alone: planned, written, proven and reported, as a model is."""
+
+import time
+from pathlib import Path
+
+from hf_llama3.errors import UserError
+from hf_llama3.files.atomic import check_target, is_checkpoint, staging, write_files
+
+from ..formats.gguf import is_gguf
+from ..provenance import ConversionReport
+from .crossing import check_crossed, cross_adapter
+
+MEMORY_BYTES = 700 * 10**6  # more than the matrices of any adapter take four times
+
+
+def convert_adapter(source: Path, target: Path, to, given: dict, dry_run: bool, overwrite: bool) -> ConversionReport:
+    """Put a LoRA adapter into the other format's names and order of rows, as `convert` does; it is small.
+
+    Raises:
+        UserError: it is more than LoRA, an option has no meaning for it, or the target is not free.
+    """
+    started = time.perf_counter()
+    for option, value in given.items():
+        if value is not None:
+            raise UserError(f"{option} is for a model, got {value!r} with an adapter; leave it out")
+    crossed = cross_adapter(source, target, to)
+    nbytes = sum(map(len, crossed.files.values()))
+    one_file = crossed.to == "gguf"
+    free = check_target(source.resolve(), target, nbytes, overwrite, is_gguf if one_file else is_checkpoint)
+    if not dry_run:
+        with staging(target, overwrite, one_file) as folder:
+            write_files(folder, crossed.files)
+            check_crossed(crossed, folder)
+    stored = {pair.b.file.path for pair in crossed.adapter.pairs.values()}
+    return ConversionReport(
+        *(str(source), str(target), f"adapter, {crossed.adapter.order}", f"adapter, {crossed.to}"),
+        source_files={path.name: path.stat().st_size for path in stored},
+        files={name: len(content) for name, content in crossed.files.items()},
+        tensors=crossed.tensors,
+        bytes=nbytes,
+        free_bytes=free,
+        memory_bytes=MEMORY_BYTES,
+        seconds=round(time.perf_counter() - started, 3),
+        resumed=[],
+        largest_error=None,
+        inferred=[f"heads of {crossed.head_dim} channels"] if crossed.head_dim else [],
+        notes=crossed.notes,
+        dry_run=dry_run,
+        verification=None,
+    )
