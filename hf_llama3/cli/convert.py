@@ -212,8 +212,8 @@ def convert(
 
 @command("hf-llama3 verify Meta-Llama-3-8B/original llama-3-8b", GROUP)
 def verify(
-    source: Annotated[Path, typer.Argument(help="Folder in either format.")],
-    target: Annotated[Path, typer.Argument(help="Folder in either format.")],
+    source: Annotated[Path, typer.Argument(help="Folder in any format, or GGUF file.")],
+    target: Annotated[Path, typer.Argument(help="Folder in any format, or GGUF file.")],
     logits: Annotated[
         bool, typer.Option("--logits", help="Compute the logits of both as well, layer by layer.")
     ] = False,

@@ -309,6 +309,7 @@ def test_models_that_have_no_place_in_it(tmp_path):
     assert convert(tmp_path / "wide", tmp_path / "out.gguf", dtype="f32").verification.ok
 
 
+@pytest.mark.filterwarnings("error")
 def test_weights_that_no_block_can_hold(tmp_path):
     plain, _ = plain_folder(tmp_path, dtype=torch.float32)
     weights = load_file(plain / "model.safetensors")

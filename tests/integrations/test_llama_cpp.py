@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
+from checkpoints import params, write_meta
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_llama3 import Llama3ForCausalLM, load_meta
 from hf_llama3.conversion import convert, inspect, verify
 from hf_llama3.conversion.tokenizer.proof import hard_texts
+from hf_llama3.quickstart import python_documentation
 
 pytestmark = pytest.mark.integrations
 
@@ -132,11 +135,30 @@ def test_an_adapter_in_llama_cpp(made, tokenizer, llama, tmp_path):
 
 
 def test_llama_cpp_splits_texts_as_we_do(made, tokenizer, llama):
-    engine = llama(made / "again.gguf")
-    texts = [text for text in hard_texts() if "\0" not in text] + [TEXT, "<|im_start|>user\n123 abc<|im_end|>"]
-    for text in texts:
-        theirs = engine.tokenize(text.encode(), add_bos=False, special=True)
-        assert theirs == tokenizer(text)["input_ids"], text
+    same_ids(llama(made / "again.gguf"), tokenizer, [TEXT, "<|im_start|>user\n123 abc<|im_end|>"])
+
+
+def test_llama_cpp_splits_texts_of_llama_2(llama, tmp_path):
+    """Scores that a trained model's pieces get from the order of their merges."""
+    (tmp_path / "text.txt").write_text(python_documentation()[:200_000])
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=512, model_type="bpe",
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, minloglevel=2,
+    )  # fmt: skip
+    layout = params(kv_heads=8, rope_theta=10000.0)
+    write_meta(tmp_path / "meta", layout, tokenizer=tmp_path / "tokenizer.model")
+    convert(tmp_path / "meta", tmp_path / "hf")
+    convert(tmp_path / "meta", tmp_path / "model.gguf", dtype="f32")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    same_ids(llama(tmp_path / "model.gguf"), tokenizer, [python_documentation()[:3000], "<s>a</s> b"])
+
+
+def same_ids(engine, tokenizer, texts):
+    for text in [*hard_texts(), *texts]:
+        if "\0" not in text:  # which ends a text in C
+            theirs = engine.tokenize(text.encode(), add_bos=False, special=True)
+            assert theirs == tokenizer(text, add_special_tokens=False)["input_ids"], text
 
 
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
