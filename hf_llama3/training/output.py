@@ -61,7 +61,7 @@ def start_run(output: Path, text: Text, settings: Settings, resume: bool):
 
 def check_free(output: Path, resume: bool = False):
     """Raise unless a folder can be made there."""
-    if is_taken(output):
+    if is_taken(output) and not has_hardly_begun(output):
         if (output / RUN_FILE).exists():
             raise UserError(
                 f"{output} holds an unfinished run; add --resume to go on with it, or choose another --output"
@@ -70,6 +70,11 @@ def check_free(output: Path, resume: bool = False):
             raise UserError(f"{output} is finished; choose another --output, or go on with --from {output}")
         raise UserError(f"{output} already exists; choose another --output")
     parent_of(output)
+
+
+def has_hardly_begun(output: Path) -> bool:
+    """Tell whether a run was stopped while it wrote down its settings, before anything else."""
+    return output.is_dir() and [path.name for path in output.iterdir()] == [f"{RUN_FILE}.partial"]
 
 
 def last_checkpoint(output: Path) -> str | None:

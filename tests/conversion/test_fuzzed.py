@@ -2,6 +2,7 @@
 
 import io
 import re
+import resource
 import subprocess
 import sys
 import zipfile
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import params, small_tokenizer, write_meta
 
+from hf_llama3.conversion import convert, inspect
 from hf_llama3.conversion.formats.pth import read_pth
 from hf_llama3.errors import UserError
+from hf_llama3.training.output import check_free
 
 TENSOR = {"a": torch.arange(4.0)}
 
@@ -114,3 +118,26 @@ def test_fuzzed_files():
     )
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     assert len(re.findall(r"^[a-z.]+ 100 \d+$", result.stdout, re.MULTILINE)) == 8, result.stdout
+
+
+def test_no_room_for_what_a_gguf_file_carries(tmp_path):
+    """The tokenizer's files are made in a temporary folder, whose disk may be full: benchmarks/interrupt.py met it."""
+    write_meta(tmp_path / "meta", params(vocab=516), tokenizer=small_tokenizer(tmp_path))
+    convert(tmp_path / "meta", tmp_path / "a.gguf", to="gguf")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(UserError, match=r"could not be written \(File too large\); make room there"):
+            inspect(tmp_path / "a.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert inspect(tmp_path / "a.gguf").format == "gguf"
+
+
+def test_a_run_that_was_stopped_as_it_began(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json.partial").write_text("{")
+    check_free(tmp_path / "run")
+    (tmp_path / "run" / "mine").write_text("a")
+    with pytest.raises(UserError, match="already exists"):
+        check_free(tmp_path / "run")
