@@ -69,10 +69,11 @@ def materials(tmp_path_factory):
         write_meta(folder / name, layout, tokenizer=tokenizer)
     write_meta(folder / "Llama3.1-70B", layout, mp=4, tokenizer=tokenizer)  # which divide the small vocabulary
     write_meta(folder / "my-llama", layout | {"use_scaled_rope": True}, tokenizer=tokenizer)
-    sentencepiece.SentencePieceTrainer.train(
+    sentencepiece.SentencePieceTrainer.train(  # as Llama 2's was
         sentence_iterator=iter(python_documentation()[:30_000].splitlines()),
         **{"model_prefix": str(folder / "pieces"), "vocab_size": 320, "model_type": "bpe", "minloglevel": 2},
-        **{"byte_fallback": True, "character_coverage": 0.99},
+        **{"byte_fallback": True, "split_digits": True, "normalization_rule_name": "identity"},
+        **{"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "character_coverage": 0.99},
     )
     llama2 = {key: value for key, value in layout.items() if key != "rope_theta"} | {"vocab_size": 320}
     write_meta(folder / "llama-2-7b", llama2, embedding_dim=1, tokenizer=folder / "pieces.model")
