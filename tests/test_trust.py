@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,9 @@ def test_the_trap_is_one(trap):
         assert (trap / "mark").exists()
     finally:
         (trap / "mark").unlink(missing_ok=True)
+
+
+def test_the_tests_that_the_promises_name():
+    root = Path(__file__).parent.parent
+    named = set(re.findall(r"test_\w+\.py", (root / "SECURITY.md").read_text()))
+    assert len(named) >= 8 and named <= {path.name for path in (root / "tests").rglob("test_*.py")}
