@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_llama3.errors import UserError, quoted
-from hf_llama3.files.atomic import write_files
+from hf_llama3.files.atomic import system_errors, write_files
 from hf_llama3.files.json import to_json
 from hf_llama3.remote_code import code_files
 
@@ -276,7 +276,8 @@ def gguf_tokenizer(source: Checkpoint, files: dict[str, bytes], notes: list[str]
     """Return the metadata of a tokenizer, given a Hugging Face folder's small files; note where llama.cpp has none."""
     if "tokenizer.json" not in files:
         return {"tokenizer.ggml.model": NONE}
-    with tempfile.TemporaryDirectory() as made:
+    place, remedy = Path(tempfile.gettempdir()), "make room there, or name another place by TMPDIR"
+    with system_errors(place, remedy), tempfile.TemporaryDirectory() as made:
         write_files(Path(made), {name: content for name, content in files.items() if name != "tokenizer.json"})
         templates = read_chat_templates(Path(made))
     try:

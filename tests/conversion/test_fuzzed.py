@@ -129,6 +129,8 @@ def test_no_room_for_what_a_gguf_file_carries(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         with pytest.raises(UserError, match=r"could not be written \(File too large\); make room there"):
             inspect(tmp_path / "a.gguf")
+        with pytest.raises(UserError, match=r"\(File too large\); make room there"):
+            convert(tmp_path / "meta", tmp_path / "b.gguf", to="gguf", dry_run=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert inspect(tmp_path / "a.gguf").format == "gguf"
