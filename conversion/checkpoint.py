@@ -1,4 +1,4 @@
-"""A checkpoint of either format, opened: its configuration, where its tensors lie, and what had to be inferred."""
+"""An opened checkpoint of any format: its configuration, where its tensors lie, and what had to be inferred."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ from .config.hf import head_of
 from .formats.storage import Part, StoredTensor, row_blocks
 from .weights import EMBEDDING, LANGUAGE_MODEL, OUTPUT, Row, sizes
 
-PURPOSES = {  # of the models that are none of language
+PURPOSES = {  # heads of models that do not write texts
     "ForSequenceClassification": "scores a whole text",
     "ForTokenClassification": "scores each token",
     "ForQuestionAnswering": "finds where an answer stands",
@@ -23,34 +23,34 @@ PURPOSES = {  # of the models that are none of language
 
 @dataclass(eq=False)
 class Checkpoint:
-    """Hold what a conversion needs to know of its source; of the tensors nothing has been read but where they lie."""
+    """What a conversion knows of its source. Tensors are located, but not read."""
 
     path: Path  # the folder that holds the files, or a GGUF file
     format: str  # "hf", "meta" or "gguf"
     config: dict  # as `hf_config.read_config` returns it
-    rows: list[Row] = field(repr=False)  # the table as it applies here
-    tensors: dict[str, list[StoredTensor]] = field(repr=False)  # by Hugging Face's names, one for each shard
+    rows: list[Row] = field(repr=False)  # the table's rows for this model
+    tensors: dict[str, list[StoredTensor]] = field(repr=False)  # by Hugging Face's names; one for each shard
     tokenizer: Path | None
     tokenizer_kind: str | None  # "tiktoken", "sentencepiece" or "tokenizer.json"
     version: str  # of Llama: "2", "3.0", "3.1", "3.2", "3.3" or "unknown"
     instruct: bool
     special_tokens: list[str] | None  # in the order of their ids; None where the tokenizer's own file names them
-    chat_template: str | None  # the default one, where it is another than Llama 3's
+    chat_template: str | None  # the default template, if it is not Llama 3's
     generation_config: dict | None  # None: the folder has none
     inferred: list[str]  # sentences: what, and why
-    copies: list[tuple[StoredTensor, StoredTensor]] = field(default_factory=list, repr=False)  # one taken, one left out
-    order: str = ""  # of the query and key rows, "hf" or "meta": its format's, if omitted
+    copies: list[tuple[StoredTensor, StoredTensor]] = field(default_factory=list, repr=False)  # (used, left out)
+    order: str = ""  # of query and key rows, "hf" or "meta"; that of the format if omitted
     loads_as_is: bool = True  # whether transformers' `from_pretrained` takes the folder as it stands
-    more_config: dict = field(default_factory=dict)  # what config.json says beside what a conversion needs of it
-    hf_tokenizer: Path | None = None  # the folder with the tokenizer's Hugging Face files as they came, if any
-    keeps: object = field(default=None, repr=False)  # what lasts as long: the folder of those that were made
+    more_config: dict = field(default_factory=dict)  # the other keys of config.json
+    hf_tokenizer: Path | None = None  # folder with the tokenizer's original Hugging Face files, if any
+    keeps: object = field(default=None, repr=False)  # a temporary folder of tokenizer files
 
     def __post_init__(self):
         self.order = self.order or self.format
 
     @property
     def folder(self) -> Path:
-        """The folder that the names of its files are told from."""
+        """The folder that file names are relative to."""
         return self.path.parent if self.format == "gguf" else self.path
 
     @property
@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def num_shards(self) -> int:
-        """How many model-parallel shards there are (1 in Hugging Face's format)."""
+        """The number of model-parallel shards (1 in Hugging Face's format)."""
         return len(self.tensors[EMBEDDING.hf])
 
     @property
@@ -69,14 +69,14 @@ class Checkpoint:
 
     @property
     def head(self) -> str:
-        """Which of `HEADS` it has."""
+        """The model's head, one of `HEADS`."""
         return head_of(self.config)
 
     def require_language_model(self):
-        """Raise unless it writes texts.
+        """Check that the model writes texts.
 
         Raises:
-            UserError: saying what it does, and what loads it.
+            UserError: it does not; the sentence says what it does and what loads it.
         """
         if self.head != LANGUAGE_MODEL:
             loader = f"AutoModel{self.head.removeprefix('Model')}.from_pretrained('{self.path}')"
@@ -87,12 +87,12 @@ class Checkpoint:
 
     @property
     def own_rows(self) -> list[Row]:
-        """The rows whose tensors are parameters of their own: without the output head where it is the embedding."""
+        """The rows whose tensors are stored: without the output head if it is tied."""
         return [row for row in self.rows if not (self.tied and row.hf == OUTPUT.hf)]
 
     @property
     def dtype(self) -> str:
-        """The type of most of the bytes."""
+        """The type that most bytes have."""
         count = Counter()
         for tensors in self.tensors.values():
             count[tensors[0].dtype.name] += sum(tensor.nbytes for tensor in tensors)
@@ -104,7 +104,7 @@ class Checkpoint:
         return sum(math.prod(row.full_shape(size)) for row in self.own_rows)
 
     def check_copies(self):
-        """Raise unless what was left out as a copy is one.
+        """Check that tensors which were left out as copies are copies.
 
         Raises:
             UserError: naming the file.
@@ -117,7 +117,7 @@ class Checkpoint:
                 )
 
     def cut(self, row: Row, start: int, stop: int) -> list[Part]:
-        """Return the indices from `start` to `stop` of the dimension that shards divide, as parts to lay end to end."""
+        """Return the elements from `start` to `stop` along the divided dimension, as parts to be concatenated."""
         tensors = self.tensors[row.hf]
         if row.split is None:
             return [Part(tensors[0].file, tensors[0].array)]
@@ -131,16 +131,16 @@ class Checkpoint:
 
 
 def check_layers(num_layers: int, num_tensors: int, path: Path):
-    """Raise where a configuration has more layers than there are tensors, before the table is expanded over them."""
+    """Refuse a configuration with more layers than there are tensors, before the table is expanded."""
     if num_layers > num_tensors:
         raise UserError(f"{path} lacks tensors: {num_layers} layers are configured, and it holds {num_tensors} tensors")
 
 
 def check_names(found: set[str], expected: set[str], path: Path):
-    """Raise unless the tensors of a checkpoint are the expected ones, to the name.
+    """Check that a checkpoint has exactly the expected tensors, by name.
 
     Raises:
-        UserError: naming the first few that are missing or unknown, with their number.
+        UserError: some are missing or unknown; the sentence counts them and names the first.
     """
     problems = []
     for verb, names in (("lacks", expected - found), ("holds unknown", found - expected)):
@@ -153,10 +153,10 @@ def check_names(found: set[str], expected: set[str], path: Path):
 
 
 def check_shapes(table: list[Row], shards: dict[str, list[StoredTensor]], config: dict, folder: Path, config_name: str):
-    """Raise unless every tensor has the shape that the configuration says, and one type in all shards.
+    """Check that every tensor has the shape of the configuration, and the same type in all shards.
 
     Raises:
-        UserError: with both shapes or types.
+        UserError: one has not; the sentence gives both.
     """
     size = sizes(config)
     for row in table:

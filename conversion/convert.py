@@ -1,4 +1,4 @@
-"""The streaming engine: executes a plan tensor by tensor, so that a model never stands in memory."""
+"""Convert a checkpoint: make a plan and execute it tensor by tensor, so that a model is never in memory."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +39,8 @@ from .verify import VerificationReport, verify_checkpoints
 
 TARGETS = ("hf", "meta", "dcp", "gguf")
 SHORT = {kind.name: kind.exact for kind in EXACT.values()}  # "bf16" -> "bfloat16"
-SMALL = (".json", ".model", ".jinja", ".txt", ".chk", ".jsonl")  # files beside the weights that are read
-MEMORY_BYTES = 700 * 10**6  # held by benchmarks/conversion.py and tests/conversion/test_memory.py
+SMALL = (".json", ".model", ".jinja", ".txt", ".chk", ".jsonl")  # small files that are read besides the weights
+MEMORY_BYTES = 700 * 10**6  # benchmarks/conversion.py and tests/conversion/test_memory.py hold it
 
 
 def convert(
@@ -62,35 +62,35 @@ def convert(
     progress: bool = False,
     stream: bool | None = None,
 ) -> ConversionReport:
-    """Convert a checkpoint from any of the formats to any, or divide Meta's into another number of shards.
+    """Convert a checkpoint from any format to any other, or re-shard Meta's.
 
     Args:
-        source: folder or GGUF file, or a LoRA adapter's folder, which is put into the other format's order; it is never
-            changed.
-        target: folder to make, or GGUF file; what is there already stays unless `overwrite`, and then until the new one
-            is whole.
-        to: "hf", "meta", "dcp" (torch.distributed.checkpoint) or "gguf"; omitted, "gguf" where the target's name ends
-            so, "meta" where `mp` is given or the source is Hugging Face's, else "hf".
+        source: folder or GGUF file; or the folder of a LoRA adapter, which is put into the other format's order. It is
+            never changed.
+        target: folder or GGUF file to make. An existing one is refused without `overwrite`, and otherwise replaced
+            when the new one is whole.
+        to: "hf", "meta", "dcp" (torch.distributed.checkpoint) or "gguf". If omitted: "gguf" for a target named
+            so, "meta" if `mp` is given or the source is a Hugging Face folder, else "hf".
         mp: model-parallel shards of a target in Meta's format, 1 if omitted.
-        model_type: what a Hugging Face folder is written as: "llama", which every tool reads and which is taken if
-            omitted, or "llama3" with its code; for "dcp" also "torchtitan", whose tensors have Meta's names.
-        dtype: type to cast to, such as "float16" or "f16", and for "gguf" "q8_0" and "q4_0" as well; every tensor keeps
-            its own if omitted.
-        adapter: folder of a LoRA adapter that is merged into the weights on the way, to the bit as PEFT merges it.
-        rope_factor: for a Meta checkpoint of unreleased shape that scales RoPE; params.json does not say how much.
-        llama_version: for a Meta checkpoint whose special tokens are not those of the inferred version.
+        model_type: type of a Hugging Face folder: "llama" (the default), which every tool reads, or "llama3" with its
+            code; for "dcp" also "torchtitan", whose tensors have Meta's names.
+        dtype: type to cast to, such as "float16" or "f16"; for "gguf" also "q8_0" and "q4_0". If omitted, every tensor
+            keeps its type.
+        adapter: folder of a LoRA adapter to merge into the weights, bit-equal to PEFT's merge.
+        rope_factor: RoPE's factor for a Meta checkpoint of unreleased shape, whose params.json does not say it.
+        llama_version: version of a Meta checkpoint, if the inferred one has other special tokens.
         instruct: whether the model was tuned for dialogue, which decides stop tokens and chat template.
-        max_shard_size: largest safetensors file, as "5GB", which is taken if omitted, or "200MiB".
-        dry_run: plan and check all, write nothing.
+        max_shard_size: size of the largest safetensors file, such as "200MiB"; "5GB" if omitted.
+        dry_run: plan and check everything, write nothing.
         overwrite: replace an existing checkpoint.
-        verify: check the source's list of hashes where it has one, compare every tensor of the result to the bit, and
-            write the hashes of all files.
+        verify: check the source's list of hashes, if it has one; compare every tensor of the result to the bit; write
+            the hashes of all files.
         progress: show bars on standard error.
-        stream: whether the files of a repository on the Hub are fetched and dropped one after another; omitted, they
-            are where the disk has no room for all of them and for as much again.
+        stream: fetch a Hub repository's files one after another and drop each when it is converted. If omitted, this is
+            done where the disk has no room for twice the weights.
 
     Raises:
-        UserError: for whatever a user can cause; the target is then as it was.
+        UserError: for anything that a user can cause; the target is left as it was.
     """
     started = time.perf_counter()
     target = place_of(target)
@@ -113,7 +113,7 @@ def convert(
 def carry_out(
     plan, source, target, dry_run, overwrite, verify, progress, started, streamed: Stream | None, plan_from
 ) -> ConversionReport:
-    """Do what is planned, and report it."""
+    """Execute a plan, and report."""
     checkpoint = plan.source
     if checkpoint.hf_tokenizer is not None:
         refuse_links(checkpoint.hf_tokenizer, tokenizer_paths(checkpoint.hf_tokenizer).values())
@@ -148,22 +148,22 @@ def carry_out(
         verification=None,
     )
     if dry_run:
-        plan.make_small_files()  # for what it notes
+        plan.make_small_files()  # its notes are reported
     else:
         with staging(target, overwrite, one_file=plan.to == "gguf") as folder:
             try:
                 execute(plan, folder, report, verify, progress, streamed, plan_from)
-            finally:  # whatever a change led to is said by its cause
+            finally:  # the cause is reported, not what it led to
                 check_unchanged(checkpoint, seen)
     report.seconds = round(time.perf_counter() - started, 3)
     return report
 
 
 def check_unchanged(source: Checkpoint, seen: dict[Path, Identity | None]):
-    """Raise unless the files of a source are those that were planned with.
+    """Check that the source's files are still those of the plan.
 
     Raises:
-        UserError: naming the file.
+        UserError: one has changed.
     """
     stored = [tensor for tensors in source.tensors.values() for tensor in tensors]
     for file in {piece.file for tensor in stored for piece in getattr(tensor, "pieces", [tensor])}:
@@ -177,7 +177,7 @@ def make_plan(checkpoint: Checkpoint, target: Path, to, mp, model_type, dtype, m
     """Turn the options into a plan.
 
     Raises:
-        UserError: an option that does not exist, or has no meaning for this conversion.
+        UserError: an option does not exist, or has no meaning for this conversion.
     """
     if to not in (None, *TARGETS):
         raise UserError(f"--to must be one of {TARGETS}, got {to!r}")
@@ -224,10 +224,10 @@ def make_gguf_plan(checkpoint: Checkpoint, target: Path, dtype: str | None, **ot
 
 
 def check_small_files(source: Checkpoint, verify: bool):
-    """Look at what is read beside the tensors while these are written, before any is.
+    """Check the small files that are read while tensors are written, before the first one is.
 
     Raises:
-        UserError: a list of hashes, or a sentencepiece model, is none.
+        UserError: a list of hashes, or a sentencepiece model, is damaged.
     """
     checklist = source.path / CHECKLIST
     if verify and checklist.exists():
@@ -237,10 +237,10 @@ def check_small_files(source: Checkpoint, verify: bool):
 
 
 def execute(plan: Plan, folder: Path, report: ConversionReport, verify, progress, streamed, plan_from):
-    """Write everything that is planned into `folder` and prove it; what an earlier run finished there is kept."""
+    """Write everything that is planned into `folder`, and prove it; files that an earlier run finished are kept."""
     source = plan.source
     kept = kept_files(plan, folder) if streamed else [file.name for file in plan.files]
-    clear(folder, keep=kept)  # what an earlier run left and this one does not continue
+    clear(folder, keep=kept)  # left by an earlier run, and not continued
     with ThreadPoolExecutor(2) as beside:
         small_files = beside.submit(plan.make_small_files)
         checklist = source.path / CHECKLIST
@@ -278,12 +278,12 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify, progress
 
 
 def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool, compared: bool) -> VerificationReport:
-    """Compare what was written with the source while the hashes of all files are taken; write these down.
+    """Compare what was written with the source, and write the hashes of all files.
 
     Args:
-        compared: whether each tensor was when it was written.
+        compared: whether each tensor was compared as it was written.
     """
-    if plan.to == "gguf":  # one file, with nothing beside it
+    if plan.to == "gguf":  # a single file
         return require_same(verify_checkpoints(plan.source, written, progress, plan.cast), folder)
     paths = files_in(folder)
     kinds = {CHECKSUMS: "sha256"} | ({CHECKLIST: "md5"} if plan.to == "meta" else {})

@@ -1,7 +1,7 @@
-"""A checkpoint on the Hub: from its name to a local folder with the files that are needed, and no others.
+"""Fetch a checkpoint from the Hub: only the files that are needed, into a local folder.
 
 A name is `owner/name`, or `owner/name/original` for Meta's files beside Hugging Face's, with `@revision` after either.
-What was fetched stays in huggingface_hub's cache, and is taken from there where the Hub cannot be reached.
+Files stay in huggingface_hub's cache, and are taken from there if the Hub cannot be reached.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from .tokenizer.files import CARRIED
 # huggingface_hub is imported where it is used: a local folder need not wait for it.
 
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<original>/original)?(?:@(?P<revision>.+))?")
-# What tells the format; the library's patterns take "*" for any characters, "/" among them.
+# Files that show the format; in the library's patterns "*" also matches "/".
 TELLING = ("config.json", "adapter_config.json", PARAMS_FILE)
 HF_TEXTS = ("*.json", "chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer.model")
 HF_TEXTS += ("vocab.txt", "merges.txt")
@@ -43,21 +43,21 @@ class HubName(NamedTuple):
 
 
 def parse_name(path) -> HubName | None:
-    """Read a name on the Hub; None where it is a path: of what is here, or what no repository can be called."""
+    """Parse a name on the Hub; None for a path that exists, or that no repository can have as its name."""
     found = NAME.fullmatch(str(path))
     if not found or os.path.lexists(path) or os.path.lexists(found["repo"]):
-        return None  # of a folder that exists, `original` or a revision would be those of somebody else's repository
+        return None  # a folder exists here; with `original` or a revision it would name somebody's repository
     return HubName(found["repo"], found["original"] is not None, found["revision"])
 
 
 def fetch(path, weights: bool = True) -> Path:
-    """Turn a name on the Hub into a local folder; a path stays what it is.
+    """Return the local folder of a name on the Hub; a path is returned as it is.
 
     Args:
-        weights: whether those of a Hugging Face repository are wanted; Meta's files come whole.
+        weights: fetch the weights of a Hugging Face repository; Meta's files are always fetched whole.
 
     Raises:
-        UserError: the Hub has no such thing, does not give it, or cannot be reached and the cache lacks it.
+        UserError: the Hub lacks or refuses it, or cannot be reached and the cache lacks it.
     """
     name = parse_name(path)
     if name is None:
@@ -67,7 +67,7 @@ def fetch(path, weights: bool = True) -> Path:
         read_config(folder / "config.json")  # before gigabytes of what cannot be converted
         return fetch_hf(name, weights)
     if not name.original and (folder / "adapter_config.json").exists():
-        return folder  # for the sentence that a local one gets
+        return folder  # for the same sentence as a local folder
     inside = "original/" if name.original or not (folder / PARAMS_FILE).exists() else ""
     params = download(name, [inside + PARAMS_FILE]) / inside / PARAMS_FILE
     if not params.exists():
@@ -78,7 +78,7 @@ def fetch(path, weights: bool = True) -> Path:
 
 
 def fetch_hf(name: HubName, weights: bool) -> Path:
-    """Bring what is needed of a Hugging Face repository; pickled weights only where there are no others."""
+    """Fetch the needed files of a Hugging Face repository; pickled weights only if there are no others."""
     folder = download(name, HF_TEXTS + (HF_WEIGHTS if weights else ()), NOT_OF_HF)
     if not weights or any((folder / file).exists() for file in (SINGLE, INDEX)):
         return folder
@@ -93,10 +93,10 @@ def fetch_hf(name: HubName, weights: bool) -> Path:
 
 @contextlib.contextmanager
 def described(path):
-    """Give a folder to look at: of a name on the Hub all but the numbers, for which the weights' headers are enough.
+    """Open a folder to inspect: for a name on the Hub, a temporary one with only the headers of its weights.
 
-    Their files are as long as those on the Hub and take no room; the folder is gone afterwards. Meta's files, whose
-    headers lie at their end, and what the Hub cannot be asked for, come whole.
+    Its files of weights are as long as those on the Hub, but sparse. Meta's files, whose headers are at their end, and
+    what the Hub cannot serve in parts, are fetched whole.
     """
     name, texts = parse_name(path), fetch(path, weights=False)
     if name is None or not (texts / "config.json").exists():
@@ -115,9 +115,9 @@ def described(path):
 
 @contextlib.contextmanager
 def hollow_files(name: HubName, path):
-    """Give the folder of a repository's commit as it would lie in the cache, its weights hollow (see `described`).
+    """Open a temporary folder of a commit's files with sparse weights (see `described`).
 
-    Gives None where the headers do not tell all: of Meta's files, of pickled weights, or where the Hub does not answer.
+    It is None where headers are not enough: for Meta's files, pickled weights, or if the Hub does not answer.
     """
     texts = fetch(path, weights=False)
     with tempfile.TemporaryDirectory() as made:
@@ -127,7 +127,7 @@ def hollow_files(name: HubName, path):
 
 
 def copy_hollow(name: HubName, texts: Path, folder: Path) -> bool:
-    """Make a folder of a repository's small files and hollow weights; returns whether the Hub had headers to give."""
+    """Fill a folder with a repository's small files and sparse weights; return whether the Hub served headers."""
     folder.mkdir(parents=True)
     for text in [text for pattern in HF_TEXTS for text in texts.glob(pattern)]:
         (folder / text.relative_to(texts)).parent.mkdir(exist_ok=True)
@@ -136,9 +136,9 @@ def copy_hollow(name: HubName, texts: Path, folder: Path) -> bool:
 
 
 def sizes_to_fetch(path) -> dict[str, int]:
-    """Return the bytes of the weights of a repository of Hugging Face's that are not in the cache, by their files.
+    """Return the sizes of a Hugging Face repository's files of weights that are not in the cache, by name.
 
-    There are none where they are, and where the Hub does not say.
+    The dictionary is empty if all are, or if the Hub does not answer.
     """
     from huggingface_hub import snapshot_download
 
@@ -157,13 +157,13 @@ def sizes_to_fetch(path) -> dict[str, int]:
             ignore_patterns=list(NOT_OF_HF),
             dry_run=True,
         )
-    except Exception:  # what the Hub refuses is said when the files are fetched
+    except Exception:  # an error is reported when the files are fetched
         return {}
     return {file.filename: file.file_size for file in found if file.will_download}
 
 
 def fetch_file(name: HubName, commit: str, file: str, place: Path) -> Path:
-    """Bring one file of a commit into a folder, going on where an earlier run was stopped.
+    """Fetch one file of a commit into a folder; an interrupted download is resumed.
 
     Raises:
         UserError: in one sentence what the Hub or the way to it did, and what to do.
@@ -180,7 +180,7 @@ def fetch_file(name: HubName, commit: str, file: str, place: Path) -> Path:
 
 
 def add_hollow_weights(name: HubName, commit: str, folder: Path) -> bool:
-    """Write the weights' files with their headers alone; returns whether the Hub had headers to give.
+    """Write sparse files of weights with their headers; return whether the Hub served headers.
 
     Raises:
         UserError: the Hub refuses.
@@ -191,19 +191,19 @@ def add_hollow_weights(name: HubName, commit: str, folder: Path) -> bool:
     try:
         for file, content in get_safetensors_metadata(name.repo, revision=commit).files_metadata.items():
             if PurePath(file).name != file:
-                return False  # another name is an attack, which the reader of whole files refuses
+                return False  # another name is an attack; the reader of whole files refuses it
             write_hollow(folder / file, content.tensors)
     except NotASafetensorsRepoError:
         return False
     except HfHubHTTPError as error:
         raise UserError(explain(error, name)) from error
-    except Exception:  # no connection, or a damaged header or index, where the library raises what it likes
+    except Exception:  # no connection, or a damaged header or index: the library raises many kinds
         return False
     return True
 
 
 def write_hollow(path: Path, tensors: dict):
-    """Write a safetensors file of a header and nothing but a hole after it."""
+    """Write a sparse safetensors file: its header, then a hole."""
     header = {
         tensor: {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": entry.data_offsets}
         for tensor, entry in tensors.items()
@@ -215,10 +215,10 @@ def write_hollow(path: Path, tensors: dict):
 
 
 def download(name: HubName, patterns, but=None) -> Path:
-    """Bring files into the cache; returns the folder of their commit.
+    """Fetch files into the cache; return the folder of their commit.
 
-    The revision is asked for each time, so a last call for all files gives those of one commit. A commit known before
-    would do, but without a connection the library then retries for every file that is missing: 23 seconds here.
+    Each call asks for the revision again, so the last call, for all files, returns those of one commit. (With a commit
+    instead, and no connection, the library would retry for every missing file: 23 seconds.)
 
     Raises:
         UserError: in one sentence what the Hub or the way to it did, and what to do.
@@ -232,14 +232,14 @@ def download(name: HubName, patterns, but=None) -> Path:
                 name.repo, revision=name.revision, allow_patterns=list(patterns), ignore_patterns=but and list(but)
             )
         )
-    except LocalEntryNotFoundError as error:  # the library says more in what it comes from
+    except LocalEntryNotFoundError as error:  # the library's cause says more
         raise UserError(explain(error.__cause__ or error, name)) from error
     except (OSError, HTTPError, ValueError) as error:
         raise UserError(explain(error, name)) from error
 
 
 def explain(error: BaseException, name: HubName) -> str:
-    """Say what went wrong, without the library's own text where that could hold a token."""
+    """Return what went wrong, without the library's own text where it could contain a token."""
     from huggingface_hub import constants, errors
 
     page = f"{endpoint()}/{name.repo}"
@@ -277,7 +277,7 @@ def explain(error: BaseException, name: HubName) -> str:
 
 
 def endpoint() -> str:
-    """Return the address of the Hub as it may be shown."""
+    """Return the Hub's address without a password."""
     from huggingface_hub import constants
 
     return without_password(constants.ENDPOINT)

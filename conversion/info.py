@@ -1,4 +1,4 @@
-"""What `inspect` tells of a checkpoint before anything is converted or loaded."""
+"""`inspect`: what a checkpoint is, before anything is converted or loaded."""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +26,7 @@ PARTS = {
 
 @dataclass
 class CheckpointInfo:
-    """Describe a checkpoint of either format; sizes in bytes, lengths in tokens."""
+    """A checkpoint of any format; sizes in bytes, lengths in tokens."""
 
     path: str
     format: str  # "hf", "meta" or "gguf"
@@ -41,7 +41,7 @@ class CheckpointInfo:
     dtypes: list[str]
     tied: bool
     loads_as_is: bool  # whether transformers' `from_pretrained` takes the folder as it stands
-    head: str  # what the class's name ends with, such as "ForCausalLM"
+    head: str  # the end of the class's name, such as "ForCausalLM"
     tokenizer: str | None
     config: dict
     inferred: list[str]
@@ -51,10 +51,10 @@ class CheckpointInfo:
 
 
 def inspect(path, rope_factor: float | None = None) -> CheckpointInfo:
-    """Open a checkpoint of either format and say what it is; of one on the Hub only the headers are fetched.
+    """Open a checkpoint of any format and describe it; from the Hub only headers are fetched.
 
     Raises:
-        UserError: it is neither, damaged, contradicts itself, or needs `rope_factor`.
+        UserError: it is none, is damaged, contradicts itself, or needs `rope_factor`.
     """
     with described(path) as folder:
         info = describe(open_checkpoint(folder, rope_factor))
@@ -98,7 +98,7 @@ def parameters_by_part(checkpoint: Checkpoint) -> dict[str, list[int]]:
 
 
 def plot_parts(path, rope_factor: float | None, picture: Path) -> str | None:
-    """Draw the parameters of each part of a checkpoint; return a note where matplotlib is missing, instead.
+    """Draw the parameters of each part of a checkpoint; where matplotlib is missing, return a note instead.
 
     Raises:
         UserError: it is no checkpoint, or the picture cannot be written.

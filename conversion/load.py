@@ -1,4 +1,4 @@
-"""A checkpoint that transformers does not read straight into the model, without a conversion on disk."""
+"""Load a checkpoint that transformers does not read, straight into the model and without a conversion on disk."""
 
 import tempfile
 from pathlib import Path
@@ -21,9 +21,9 @@ from .weights import Row
 
 
 class LazyTensor:
-    """Stand for a tensor in the state dict; the library indexes it when it is this tensor's turn to be loaded.
+    """A tensor of the state dict that is read when the library indexes it, one tensor after another.
 
-    Where several processes divide the tensor, each asks for a slice, and reads no more than that of Meta's shards.
+    Where processes divide a tensor, each indexes a slice, and reads no more than that.
     """
 
     def __init__(self, checkpoint: Checkpoint, row: Row):
@@ -61,7 +61,7 @@ def load_meta(path, *, rope_factor: float | None = None, **kwargs) -> Llama3ForC
         path: the file, the folder, or a name on the Hub as `owner/name` or `owner/name/original`, with `@revision`
             after either.
         rope_factor: see `convert`.
-        kwargs: for `from_pretrained`, fields of the configuration among them; `dtype` is the files' own if omitted.
+        kwargs: for `from_pretrained`, including fields of the configuration; `dtype` is that of the files if omitted.
 
     Raises:
         UserError: it is neither a directory of Meta's nor a GGUF file, is damaged, contradicts itself, or needs
@@ -80,7 +80,7 @@ def load_checkpoint(checkpoint: Checkpoint, **kwargs) -> Llama3ForCausalLM:
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", "auto")
     dtype = getattr(torch, checkpoint.dtype) if dtype == "auto" else dtype
     config, kwargs = Llama3Config.from_dict(checkpoint.config, return_unused_kwargs=True, dtype=dtype, **kwargs)
-    kwargs.pop("trust_remote_code", None)  # no folder's code is run
+    kwargs.pop("trust_remote_code", None)  # code from a folder is never run
     model = Llama3ForCausalLM.from_pretrained(
         None, config=config, state_dict=state_dict, trust_remote_code=False, **kwargs
     )
@@ -91,10 +91,10 @@ def load_checkpoint(checkpoint: Checkpoint, **kwargs) -> Llama3ForCausalLM:
 
 
 def load_meta_tokenizer(path, *, rope_factor: float | None = None):
-    """Load the tokenizer of a directory of Meta's, or a GGUF file, as transformers knows it.
+    """Load the tokenizer of a directory of Meta's, or of a GGUF file, as transformers' class.
 
     Raises:
-        UserError: there is none.
+        UserError: it has none.
     """
     checkpoint = open_meta_only(path, rope_factor)
     if checkpoint.tokenizer is None and checkpoint.format == "gguf":

@@ -1,8 +1,7 @@
-"""Logits of an opened checkpoint, in float32, straight from its files: no more than a few rows of a weight in memory.
+"""Logits of an opened checkpoint in float32, straight from its files, with a few rows of a weight in memory at a time.
 
-Each format is computed by its own convention, so that two that agree are shown to be the same model, and not only the
-same numbers under our table: Meta's rotation turns neighbouring channels (2i, 2i + 1) of a head, Hugging Face's
-(i, i + D/2).
+Each format is computed by its own convention: Meta's rotation turns neighbouring channels (2i, 2i + 1) of a head,
+Hugging Face's (i, i + D/2). So equal logits show that two checkpoints are the same model, independently of our table.
 """
 
 # Shapes: T tokens, H query heads, K key/value heads, D head_dim, E hidden_size
@@ -26,9 +25,9 @@ TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order, over a 
 
 @torch.no_grad()
 def compute_logits(checkpoint: Checkpoint, progress: Callable[[int], None]) -> torch.Tensor:
-    """Return the logits (T, vocabulary or labels) of some tokens that lie far apart, up to the context window's end.
+    """Return the logits (T, vocabulary or labels) of some tokens, at positions spread over the context window.
 
-    `progress` is told of the bytes of weights that were used.
+    `progress` gets the number of bytes of weights read.
     """
     config = checkpoint.config
     ids = [(1 + 7919 * index) % config["vocab_size"] for index in range(NUM_TOKENS)]
@@ -68,10 +67,10 @@ def compute_logits(checkpoint: Checkpoint, progress: Callable[[int], None]) -> t
 
 
 def multiply(x: torch.Tensor, checkpoint: Checkpoint, row: Row, progress: Callable[[int], None]) -> torch.Tensor:
-    """Multiply `x` (T, in) by a weight (out, in) that lies in shards, a few rows at a time; the result is (T, out)."""
+    """Multiply `x` (T, in) by a sharded weight (out, in), a few rows at a time; return (T, out)."""
     full, dtype = row.full_shape(sizes(checkpoint.config)), checkpoint.tensors[row.hf][0].dtype
     parts = [part.array for part in checkpoint.cut(row, 0, full[row.split or 0])]
-    # Shards of the output's channels stand side by side; shards of the input's are summed.
+    # Shards along the output are concatenated; shards along the input are summed.
     inputs = x.split([part.shape[1] for part in parts], dim=1) if row.split == 1 else [x] * len(parts)
     results = []
     for taken, part in zip(inputs, parts, strict=True):
@@ -81,7 +80,7 @@ def multiply(x: torch.Tensor, checkpoint: Checkpoint, row: Row, progress: Callab
 
 
 def look_up(checkpoint: Checkpoint, row: Row, ids: list[int]) -> torch.Tensor:
-    """Return the embeddings (T, E) of tokens, whether shards divide the table's rows or its columns."""
+    """Return the embeddings (T, E) of tokens; shards may divide the table's rows or columns."""
     tensors = checkpoint.tensors[row.hf]
     if row.split == 1:
         columns = [to_tensor(tensor.array[ids], tensor.dtype) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Which format a folder is in, and how it is opened."""
+"""Find out which format a checkpoint has, and open it."""
 
 import os
 from pathlib import Path
@@ -28,10 +28,10 @@ def open_checkpoint(
 
     Args:
         path: a folder, a GGUF file, or a name on the Hub, which is fetched first (see `hub`).
-        unfinished: whether it may be one that is still being written.
+        unfinished: accept a folder that is still being written.
 
     Raises:
-        UserError: it is neither format, damaged, contradicts itself, or needs a flag.
+        UserError: it is no checkpoint, is damaged, contradicts itself, or needs a flag.
     """
     if llama_version is not None and llama_version not in VERSIONS:
         raise UserError(f"--llama-version must be one of {VERSIONS}, got {llama_version!r}")
@@ -50,19 +50,19 @@ def open_checkpoint(
 
 
 def refuse_rope_factor(rope_factor: float | None, folder):
-    """Raise if a factor is given for a folder that says its RoPE by itself."""
+    """Refuse a factor for a folder whose own configuration gives it."""
     if rope_factor is not None:
         where = "it" if Path(folder).suffix == SUFFIX else "its config.json"
         raise UserError(f"--rope-factor is for Meta's format: the RoPE of {folder} stands in {where}")
 
 
 def locate(path: Path) -> Path:
-    """Find the folder that holds the checkpoint: the one given, or Meta's `original/` in a copy from the Hub.
+    """Return the folder that holds the checkpoint: the given one, or Meta's `original/` in a copy from the Hub.
 
-    A GGUF file stands for itself, and so does the only one of a folder without a configuration.
+    For a GGUF file, or the only one in a folder without a configuration, return the file.
 
     Raises:
-        UserError: there is none, with what was found instead.
+        UserError: there is none; the sentence says what is there instead.
     """
     try:
         path.stat()
@@ -103,11 +103,11 @@ def locate(path: Path) -> Path:
 
 
 def find_gguf(folder: Path) -> list[Path]:
-    """List the GGUF files of a folder, of a model that is divided the first."""
+    """List the GGUF files of a folder; of a split model only the first part."""
     found = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX and path.is_file())
     return [path for path in found if not (part := SPLIT_NAME.fullmatch(path.name)) or int(part[2]) == 1]
 
 
 def configure(folder: Path) -> str:
-    """Say how weights get the configuration that they came without."""
+    """Return the remedy for weights that came without a configuration."""
     return f"put that of the model they were trained from beside them: cp MODEL/config.json MODEL/tokenizer* {folder}/"

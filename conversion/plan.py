@@ -1,4 +1,4 @@
-"""What a conversion will read, write and need, worked out before it starts."""
+"""Plan a conversion: what it reads, writes and needs, before it starts."""
 
 import re
 import tempfile
@@ -43,7 +43,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB
 
 @dataclass(eq=False)
 class PlannedFile:
-    """A file of tensors: where every byte of it goes."""
+    """A file of tensors, with the place of every byte."""
 
     name: str
     layout: SafetensorsLayout | PthLayout | DcpLayout | GgufLayout
@@ -59,7 +59,7 @@ class Plan:
     cast: Cast | Quantise | None
     files: list[PlannedFile]
     make_small_files: Callable[[], dict[str, bytes]]  # adds to `notes`
-    notes: list[str]  # what the user should know of the result
+    notes: list[str]  # remarks about the result for the user
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """What the target takes at most: a tokenizer.json is eight times as long as its tokenizer.model."""
+        """The most that the target takes; a tokenizer.json is eight times as large as its tokenizer.model."""
         source = self.source
         times = 10 if self.to != "meta" and source.tokenizer_kind in ("tiktoken", "sentencepiece") else 1
         carried = tokenizer_paths(source.hf_tokenizer).values() if source.hf_tokenizer else ()
@@ -132,7 +132,7 @@ def plan_dcp(source: Checkpoint, names: str, max_shard_size: str, cast: Cast | N
 
 
 def divide(entries: list, nbytes: Callable[..., int], limit: int) -> dict[str, list]:
-    """Divide tensors, in their order, among safetensors files of at most `limit` bytes; returns them by file name."""
+    """Divide tensors, in order, among safetensors files of at most `limit` bytes; return them by file name."""
     groups, room = [[]], limit
     for entry in entries:
         size = nbytes(entry)
@@ -148,7 +148,7 @@ def divide(entries: list, nbytes: Callable[..., int], limit: int) -> dict[str, l
 
 
 def hf_small_files(source: Checkpoint, config: dict, weight_map: dict[str, str], nbytes: int, notes: list[str]):
-    """Return what lies beside the weights, by name; `weight_map` names each tensor's file, `nbytes` all have."""
+    """Return the small files by name; `weight_map` maps tensors to files, `nbytes` is the size of all tensors."""
     small = {"config.json": to_json(config)}
     if source.generation_config is not None:
         small["generation_config.json"] = to_json(source.generation_config)
@@ -169,7 +169,7 @@ def plan_meta(source: Checkpoint, mp: int, cast: Cast | None) -> Plan:
         for row in source.rows:
             start, stop = 0, None
             if row.split is not None:
-                # With more shards than key/value heads each head is written for every shard that needs it.
+                # With more shards than key/value heads, a head is written into every shard that needs it.
                 copies = written_kv_heads // kv_heads if "key_value" in row.shape else 1
                 width = row.full_shape(size)[row.split] * copies // mp
                 start = shard // copies * width
@@ -239,7 +239,7 @@ def plan_gguf(source: Checkpoint, name: str, kind: str | None) -> Plan:
 
 
 class Casts:
-    """Choose for each tensor of a GGUF file what makes its type, and note where it is another than was asked for."""
+    """Choose the cast of each tensor of a GGUF file, and note where its type is not the one asked for."""
 
     def __init__(self, kind: str | None, notes: list[str]):
         self.kind, self.notes, self.made = kind and BY_KIND[kind], notes, {}
@@ -290,7 +290,7 @@ def gguf_tokenizer(source: Checkpoint, files: dict[str, bytes], notes: list[str]
 def assemble(
     source: Checkpoint, row: Row, to: str, cast: Cast | None = None, start: int = 0, stop: int | None = None
 ) -> Assembly:
-    """Describe a tensor in the order `to`, "hf" or "meta", or its part from `start` to `stop` along its division."""
+    """Return a tensor in the order `to`, "hf" or "meta", or its part from `start` to `stop` along the divided axis."""
     shape = list(row.full_shape(sizes(source.config)))
     stop = shape[row.split or 0] if stop is None else stop
     parts = source.cut(row, start, stop)
@@ -308,10 +308,10 @@ def describe(tensors: list[tuple[str, Assembly]]):
 
 
 def check_divisible(source: Checkpoint, mp: int):
-    """Raise unless `mp` shards divide the model as Meta's parallel layers do.
+    """Check that `mp` shards divide the model as Meta's parallel layers do.
 
     Raises:
-        UserError: with both numbers.
+        UserError: they do not.
     """
     config = source.config
     for key in ("num_attention_heads", "intermediate_size", "vocab_size", "hidden_size"):
@@ -323,7 +323,7 @@ def check_divisible(source: Checkpoint, mp: int):
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that a size such as "5GB" or "200MiB" means."""
+    """Return the bytes of a size such as "5GB" or "200MiB"."""
     factors = {unit.upper(): factor for unit, factor in UNITS.items()}
     match = re.fullmatch(r"\s*0*([1-9][0-9]{0,11})\s*([A-Za-z]{2,3})\s*", text)
     if match and match[2].upper() in factors:

@@ -1,4 +1,4 @@
-"""What a conversion tells: its report, and files beside a model that its card is made of, measurements among them."""
+"""The report of a conversion, and the facts that it and other commands leave beside a model for its card."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from .plan import Plan
 from .verify import VerificationReport
 
 PROVENANCE = "provenance.json"
-# Key -> rule, of what is read from each file
+# Rules for the keys of each file
 PROVENANCE_FACTS = dict.fromkeys(("source", "format", "llama_version", "hf_llama3"), text())
 PROVENANCE_FACTS |= {"shards": whole(), "cast_to": optional(text()), "verified": optional(OBJECT)}
 PROOF = {"tensors": whole(0), "tokenizer": text()}
@@ -26,18 +26,18 @@ EVALUATION |= {"tokens": whole(0), "context": whole(0), "loss": number(0), "perp
 
 @dataclass
 class ConversionReport:
-    """Say what was read, written and inferred; sizes in bytes."""
+    """What was read, written and inferred; sizes in bytes."""
 
     source: str
     target: str
     source_format: str
     target_format: str
     source_files: dict[str, int]  # name -> bytes
-    files: dict[str, int]  # the same of what is written; in a plan, of the tensors' files
+    files: dict[str, int]  # the same for written files; in a dry run, for files of tensors
     tensors: int
     bytes: int  # of all tensor files
-    free_bytes: int  # on the target's disk, before
-    memory_bytes: int  # that a run of this needs at most, beside the page cache
+    free_bytes: int  # free on the target's disk before the conversion
+    memory_bytes: int  # the most that the run needs, besides the page cache
     seconds: float
     resumed: list[str]  # files that an interrupted run had finished
     largest_error: float | None  # of a cast to another type
@@ -65,7 +65,7 @@ def make_provenance(plan: Plan, verification: VerificationReport | None) -> byte
 
 
 def name_of(path: Path) -> str:
-    """Name a source as its owner would: one from the Hub by owner and name, another by its folder."""
+    """Return the name of a source: owner and name for one from the Hub, otherwise its folder's."""
     path = path.resolve()
     path = path.parent if path.name == "original" else path
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
@@ -74,10 +74,10 @@ def name_of(path: Path) -> str:
 
 
 def read_provenance(folder: Path) -> dict | None:
-    """Read what a conversion left in a folder; None where there is nothing.
+    """Read the provenance that a conversion left in a folder; None if there is none.
 
     Raises:
-        UserError: it is not what `make_provenance` makes.
+        UserError: it is damaged.
     """
     path = folder / PROVENANCE
     if not path.exists():
@@ -89,10 +89,10 @@ def read_provenance(folder: Path) -> dict | None:
 
 
 def read_training(folder: Path) -> dict | None:
-    """Read what this package's training left in a folder; None where there is nothing, or another tool's.
+    """Read the facts of training in a folder; None if there are none, or another tool's.
 
     Raises:
-        UserError: it was changed.
+        UserError: they were changed.
     """
     path = folder / TRAINING_FACTS
     facts = read_json(path) if path.exists() else {}
@@ -100,10 +100,10 @@ def read_training(folder: Path) -> dict | None:
 
 
 def read_evaluations(folder: Path) -> list[dict]:
-    """Read what `evaluate --record` left in a folder.
+    """Read the results that `evaluate --record` left in a folder.
 
     Raises:
-        UserError: it is something else.
+        UserError: the file holds something else.
     """
     path = folder / EVALUATIONS
     if not path.exists():
@@ -113,7 +113,7 @@ def read_evaluations(folder: Path) -> list[dict]:
 
 
 def check_facts(facts: dict, rules: dict[str, Rule], path: Path) -> dict:
-    """Return facts that have all the keys, each as its rule says."""
+    """Return facts, checked to have all keys and to fit their rules."""
     for key, rule in rules.items():
         if not rule.takes(facts.get(key, ...)):
             raise UserError(f"`{key}` in {path} is missing or not what this package writes; remove the file")

@@ -1,4 +1,4 @@
-"""Proof that two checkpoints are the same model: every tensor to the bit, under the table, whatever their formats."""
+"""Prove that two checkpoints of any formats are the same model: every tensor to the bit, by the table."""
 
 import math
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ COMPARED = (*GEOMETRY, "rope_parameters", "tie_word_embeddings", "bos_token_id",
 
 @dataclass
 class VerificationReport:
-    """Say whether two checkpoints are the same model, and where they are not."""
+    """Whether two checkpoints are the same model, and where they differ."""
 
     source: str
     target: str
@@ -34,9 +34,9 @@ class VerificationReport:
     bytes: int
     tokenizer: str  # "equal", "differs", "absent", "only in source", "only in target" or why it was not compared
     differences: list[str] = field(default_factory=list)
-    largest_difference: float | None = None  # of two elements, where a tensor differs
-    quantised: int = 0  # tensors that are equal once the other side's elements are quantised in the same way
-    logits: dict | None = None  # how many tokens, the largest difference, the largest logit; where they were asked for
+    largest_difference: float | None = None  # largest difference of two elements
+    quantised: int = 0  # tensors that are equal after the other side was quantised in the same way
+    logits: dict | None = None  # number of tokens, largest difference, largest logit; only if asked for
 
     @property
     def ok(self) -> bool:
@@ -50,7 +50,7 @@ def verify(source, target, logits: bool = False, progress: bool = False) -> Veri
     """Compare two checkpoints of any formats: tensors, configuration, tokenizer.
 
     Args:
-        logits: whether to compute those of both as well, each by its own format's convention, layer by layer.
+        logits: also compute the logits of both, each by its own format's convention, layer by layer.
         progress: show bars on standard error.
 
     Raises:
@@ -64,7 +64,7 @@ def verify(source, target, logits: bool = False, progress: bool = False) -> Veri
 
 
 def open_both(source, target) -> tuple[Checkpoint, Checkpoint]:
-    """Open two checkpoints, letting each say what the other's files leave out."""
+    """Open two checkpoints; each supplies what the other's files leave out."""
     opened = {}
     for path in (source, target):
         try:
@@ -72,7 +72,7 @@ def open_both(source, target) -> tuple[Checkpoint, Checkpoint]:
         except MissingFlag:
             continue
     factors = [checkpoint.config["rope_parameters"].get("factor") for checkpoint in opened.values()]
-    # Where neither file says it, the factor cannot differ between them, and tensors do not depend on it.
+    # If neither says the factor, it cannot differ, and no tensor depends on it.
     factor = next(iter(factors), 8.0) or 1.0
     return tuple(opened.get(path) or open_checkpoint(path, rope_factor=factor) for path in (source, target))
 
@@ -83,8 +83,8 @@ def verify_checkpoints(
     """Compare two opened checkpoints.
 
     Args:
-        cast: what the target's types were made by, where they are others.
-        compared: whether every tensor was compared already, when the source's files were at hand.
+        cast: the casts that made the target's types, if they differ.
+        compared: whether every tensor was compared already, while the source's files were there.
     """
     with ThreadPoolExecutor(1) as beside:
         tokenizer = beside.submit(compare_tokenizers, source, target)
@@ -140,10 +140,10 @@ def compare_weights(
 
 
 def ways(source: Checkpoint, ours: Row, target: Checkpoint, theirs: Row, cast) -> list[tuple]:
-    """List what may make the elements of a tensor comparable, on the source's side and the target's, in turn.
+    """List the conversions of a tensor's elements to compare by: pairs for the source's and the target's side.
 
-    A vector is float32 in GGUF, which says nothing of what it was. What one side has quantised is the same if the
-    other side's elements quantise to it, to the bit.
+    GGUF stores vectors in float32, whatever their type was. A quantised tensor is the same if the other side's elements
+    quantise to it, to the bit.
     """
     one, other = source.tensors[ours.hf][0], target.tensors[theirs.hf][0]
     if len(ours.shape) == 1 and (target.format == "gguf" or (source.format == "gguf" and cast is None)):
@@ -160,13 +160,13 @@ def ways(source: Checkpoint, ours: Row, target: Checkpoint, theirs: Row, cast) -
 
 
 def widen(tensor) -> Widen | Cast | None:
-    """Return what makes a tensor's elements float32, if they are not."""
+    """Return the conversion of a tensor's elements to float32, or None if they are."""
     name = tensor.dtype.name
     return None if name == "float32" else Cast(BY_NAME["float32"]) if name == "float64" else Widen()
 
 
 def compare_pair(ours: Assembly, theirs: Assembly, name: str) -> tuple[str, float | None] | None:
-    """Say in what a tensor differs, and by how much; None where every bit is the same."""
+    """Return how a tensor differs, and by how much; None if every bit is the same."""
     if ours.dtype != theirs.dtype:
         return f"{name}: {ours.dtype.name} and {theirs.dtype.name}", None
     if (difference := largest_difference(ours.blocks(), theirs.blocks(), ours.dtype)) is None:
@@ -175,10 +175,10 @@ def compare_pair(ours: Assembly, theirs: Assembly, name: str) -> tuple[str, floa
 
 
 def largest_difference(ours: Iterator[np.ndarray], theirs: Iterator[np.ndarray], dtype: Dtype) -> float | None:
-    """Compare two sequences of blocks, each as one stream of as many elements, wherever the blocks end.
+    """Compare two streams of elements, given in blocks of any size.
 
     Returns:
-        None where every bit is the same, else the largest difference of two numbers (infinity if one is none).
+        None if every bit is the same, else the largest difference of two numbers (infinity for NaN).
     """
     largest = None
     left = right = np.empty(0, f"<u{dtype.itemsize}")
@@ -197,7 +197,7 @@ def largest_difference(ours: Iterator[np.ndarray], theirs: Iterator[np.ndarray],
 
 
 def compare_logits(source: Checkpoint, target: Checkpoint, report: VerificationReport, progress: bool):
-    """Compute and compare the logits of two checkpoints; add what is found to `report`."""
+    """Compute and compare the logits of two checkpoints, and add the result to `report`."""
     from .logits import NUM_TOKENS, TOLERANCE, compute_logits
 
     total = sum(tensor.nbytes for one in (source, target) for tensors in one.tensors.values() for tensor in tensors)

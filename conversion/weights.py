@@ -1,4 +1,4 @@
-"""The table: every tensor of a Llama in Meta's format, Hugging Face's and GGUF, and what follows from it.
+"""THE table: every tensor of a Llama in Meta's format, in Hugging Face's and in GGUF.
 
 Meta's shards divide a tensor along one dimension (None: each holds all of it). Rows of the query and key projections
 are ordered differently, since Meta's rotation pairs the neighbours (2i, 2i + 1) of a head's channels and Hugging
@@ -15,11 +15,11 @@ from typing import NamedTuple
 class Row(NamedTuple):
     meta: str
     hf: str
-    gguf: str | None  # None: it has no place there
-    shape: tuple[str, ...]  # names of sizes, see `sizes`
+    gguf: str | None  # None: no place in this format
+    shape: tuple[str, ...]  # names of dimensions, see `sizes`
     split: int | None  # the dimension that Meta's shards divide
-    rotary: bool = False  # whether its rows are ordered by head in the two formats' two ways
-    bias: str | None = None  # the key of a configuration that adds a bias, which Meta's format has no place for
+    rotary: bool = False  # whether the two formats order its rows differently
+    bias: str | None = None  # key of a configuration that adds this bias; Meta's format has no place for it
 
     def full_shape(self, size: dict[str, int]) -> tuple[int, ...]:
         return tuple(size[name] for name in self.shape)
@@ -30,7 +30,7 @@ FFN, DOWN = ("ffn", "hidden"), ("hidden", "ffn")
 
 
 def in_layer(meta: str, hf: str, gguf: str, *facts, **more) -> Row:
-    """Name a weight of a layer, whose number stands in place of the braces."""
+    """Return the row of a layer's weight; braces stand for the layer's number."""
     return Row(
         f"layers.{{}}.{meta}.weight", f"model.layers.{{}}.{hf}.weight", f"blk.{{}}.{gguf}.weight", *facts, **more
     )
@@ -54,7 +54,7 @@ BIAS_KEYS = ("attention_bias", "mlp_bias")
 
 SCORE = Row("score.weight", "score.weight", None, ("labels", "hidden"), None)
 ANSWER = Row("qa_outputs.weight", "qa_outputs.weight", None, ("spans", "hidden"), None)
-# What ends a model, by the end of its class's name; only the first has a place in Meta's format and in GGUF.
+# Heads, by the end of the class's name; only the first has a place in Meta's format and in GGUF.
 LANGUAGE_MODEL = "ForCausalLM"
 HEADS = {
     LANGUAGE_MODEL: (OUTPUT,),
@@ -69,11 +69,11 @@ DEFAULT_LABELS = 2  # transformers' `PreTrainedConfig`, where a configuration do
 
 
 def rows(num_layers: int, embedding_split: int = 0, biases=(), head: str = LANGUAGE_MODEL) -> list[Row]:
-    """Expand the table over the layers, in the order in which the model uses its tensors.
+    """Return the table for all layers, in the order in which the model uses its tensors.
 
     Args:
         embedding_split: 1 for Llama 2 and Code Llama, whose shards divide the embedding's channels.
-        biases: those of `BIAS_KEYS` that hold.
+        biases: the `BIAS_KEYS` that are true.
         head: one of `HEADS`.
     """
     one_layer = [row for weight in LAYER_TABLE for row in (weight, bias_of(weight))[: 1 + (weight.bias in biases)]]
@@ -91,13 +91,13 @@ def name_in_file(name: str, head: str) -> str:
 
 
 def bias_of(row: Row) -> Row:
-    """Return the bias beside a weight."""
+    """Return the row of the bias beside a weight."""
     names = {key: getattr(row, key).removesuffix("weight") + "bias" for key in ("meta", "hf", "gguf")}
     return row._replace(**names, shape=row.shape[:1], split=0 if row.split == 0 else None)
 
 
 def sizes(config: dict) -> dict[str, int]:
-    """Return what the names in `Row.shape` stand for, given a Hugging Face configuration."""
+    """Return the dimensions that `Row.shape` names, for a Hugging Face configuration."""
     return {
         "vocab": config["vocab_size"],
         "hidden": config["hidden_size"],
@@ -112,9 +112,8 @@ def sizes(config: dict) -> dict[str, int]:
 def interleaved_to_half(weight, head_dim: int):
     """Reorder the rows of a query or key projection, or its bias, from Meta's pairs to Hugging Face's.
 
-    Takes and gives numpy arrays and torch tensors, (H * D, E) or (H, 2, D/2, E) to (H, 2, D/2, E), (H * D) to
-    (H, 2, D/2), the same elements in that order; the head count is inferred, so a shard or grouped keys need nothing
-    special. Nothing is copied.
+    For numpy arrays and torch tensors: (H * D, E) or (H, 2, D/2, E) becomes (H, 2, D/2, E), and (H * D) becomes
+    (H, 2, D/2), a view in that order. The number of heads is inferred, so shards and grouped keys need nothing special.
     """
     return weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:][-1:]).swapaxes(1, 2)
 

@@ -1,7 +1,7 @@
-"""An adapter from PEFT's names and order of rotary rows to Meta's, or back: in files that PEFT itself loads.
+"""Convert an adapter from PEFT's names and order of rotary rows to Meta's, or back, in files that PEFT loads.
 
-Beside a model with Meta's module names and rotation PEFT reads the one, beside transformers' model the other. The
-configuration as it was travels in the header of the matrices and comes back.
+PEFT loads one beside transformers' model, the other beside a model with Meta's module names and rotation. The original
+configuration is kept in the header of the matrices, and comes back.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ NAMED_MODULES = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pat
 
 @dataclass
 class CrossedAdapter:
-    """What is written for an adapter in the other order."""
+    """The files of an adapter in the other order."""
 
     adapter: Adapter
     to: str  # "hf", "meta" or "gguf"
@@ -46,10 +46,10 @@ class CrossedAdapter:
 
 
 def cross_adapter(folder: Path, target: Path, to: str | None = None) -> CrossedAdapter:
-    """Make the files of an adapter in the other format's names and order, or the one that llama.cpp takes.
+    """Make the files of an adapter in the other format's names and order, or the one file of llama.cpp.
 
     Raises:
-        UserError: it is no LoRA adapter of a Llama, or nothing says how wide its heads are.
+        UserError: it is no LoRA adapter of a Llama, or the width of its heads is unknown.
     """
     adapter = read_adapter(folder)
     other = "meta" if adapter.order == "hf" else "hf"
@@ -93,14 +93,14 @@ def cross_adapter(folder: Path, target: Path, to: str | None = None) -> CrossedA
 
 
 def left_out(folder: Path) -> list[str]:
-    """Say what is none of an adapter's files."""
+    """Note the files in an adapter's folder that are left out."""
     read = (ADAPTER, TENSORS, OLDER_TENSORS)
     others = sorted(path.name for path in folder.iterdir() if path.name not in read)
     return [f"left out, since it is none of an adapter's files: {', '.join(map(shown, others[:5]))}"] if others else []
 
 
 def reorder(b: np.ndarray, to: str, head_dim: int, what: str) -> np.ndarray:
-    """Put B's rows, which are the channels of heads, into the other order."""
+    """Put the rows of B, the channels of heads, into the other order."""
     if b.shape[0] % head_dim:
         raise UserError(f"{what} must have a multiple of {head_dim} rows, the width of a head, got {b.shape[0]}")
     turned = half_to_interleaved(b, head_dim) if to == "meta" else interleaved_to_half(b, head_dim)
@@ -108,10 +108,10 @@ def reorder(b: np.ndarray, to: str, head_dim: int, what: str) -> np.ndarray:
 
 
 def find_head_dim(adapter: Adapter, metadata: dict[str, str]) -> int:
-    """Find how wide the heads are: what the header keeps, or the configuration beside the adapter or of its model.
+    """Return the width of the heads, from the header, the configuration beside the adapter, or that of its model.
 
     Raises:
-        UserError: neither is there.
+        UserError: none of them says it.
     """
     if (kept := metadata.get(HEAD_DIM, "")).isdecimal() and len(kept) < 6 and int(kept) > 0 and int(kept) % 2 == 0:
         return int(kept)
@@ -155,15 +155,15 @@ def rename_modules(adapter: Adapter, to: str) -> dict:
     everywhere = len(modules) == sum(len(layers) if leaf in IN_LAYERS[to] else 1 for leaf in leaves)
     config["target_modules"] = sorted(leaves if everywhere else modules)
     if to == "meta":
-        config["task_type"] = None  # which would ask the model for methods of transformers
+        config["task_type"] = None  # it needs methods of transformers' models
     return config
 
 
 def check_crossed(crossed: CrossedAdapter, folder: Path):
-    """Raise unless what was written is the adapter, read back and put in order again.
+    """Read back what was written, and check that it is the adapter in the other order.
 
     Raises:
-        UserError: naming the weight.
+        UserError: a weight differs.
     """
     if crossed.to == "gguf":
         check_gguf(crossed, folder)
@@ -177,7 +177,7 @@ def check_crossed(crossed: CrossedAdapter, folder: Path):
 
 
 def same_pair(ours: Pair, theirs: Pair, order: list[int] | None) -> bool:
-    """Compare to the bit; `order` says which row of `ours` stands at each of `theirs`."""
+    """Compare to the bit; `order` is the row of `ours` for each row of `theirs`."""
     if ours.scale != theirs.scale or not np.array_equal(ours.a.array[:], theirs.a.array[:]):
         return False
     b = ours.b.array[:] if order is None else ours.b.array[:][order]
@@ -185,17 +185,17 @@ def same_pair(ours: Pair, theirs: Pair, order: list[int] | None) -> bool:
 
 
 def rows_of_other(count: int, to: str, head_dim: int) -> list[int]:
-    """List for each row in one order where it stands in the other: said by numbers, not by what made the files."""
+    """Return the row in the other order for each row, computed independently of what wrote the files."""
     half = head_dim // 2
-    in_hf = [row - row % head_dim + row % 2 * half + row % head_dim // 2 for row in range(count)]  # of Meta's rows
+    in_hf = [row - row % head_dim + row % 2 * half + row % head_dim // 2 for row in range(count)]  # for Meta's rows
     return in_hf if to == "meta" else sorted(range(count), key=in_hf.__getitem__)
 
 
 def check_gguf(crossed: CrossedAdapter, folder: Path):
-    """Raise unless a GGUF file holds the adapter's matrices, each where it belongs, and its scales.
+    """Check that a GGUF file holds the adapter's matrices and scales.
 
     Raises:
-        UserError: naming the weight.
+        UserError: a weight differs.
     """
     found = read_gguf(folder / next(iter(crossed.files)))
     alpha = found.metadata["adapter.lora.alpha"]

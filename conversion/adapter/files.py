@@ -1,7 +1,7 @@
 """An adapter's files, as PEFT writes them: adapter_config.json and the pairs of narrow matrices in adapter_model.
 
-The product B @ A, times a scale, is added to a weight. A stands for (rank, in), B for (out, rank); of an embedding A is
-(rank, vocabulary) and B (hidden, rank), and their product is turned over.
+The product B @ A, times a scale, is added to a weight. A is (rank, in) and B (out, rank); for an embedding A is
+(rank, vocabulary) and B (hidden, rank), and their product is transposed.
 """
 
 import math
@@ -29,7 +29,7 @@ MOST_LAYERS = 4096
 
 
 def pattern(rule: Rule) -> Rule:
-    """Take an object with no more keys than can be held against every module."""
+    """Accept an object with few enough keys to compare each with every module."""
     table = mapped(rule)
     return Rule(f"{table.words}, at most 256", lambda value: table.takes(value) and len(value) <= 256)
 
@@ -44,7 +44,7 @@ SCHEMA = {
     "base_model_name_or_path": optional(text()),
 }
 REQUIRED = ("peft_type", "r", "lora_alpha")
-# Key -> what it makes of an adapter that is more than two narrow matrices beside a weight
+# Keys of adapters that are more than two narrow matrices beside a weight -> what they are
 BEYOND = {
     "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
@@ -57,13 +57,13 @@ BEYOND = {
     "alora_invocation_tokens": "aLoRA",
     "megatron_config": "Megatron's parallel layers",
 }
-# What matrices may begin a training as: others change the model's weights too.
+# Initialisations of the matrices; others change the model's weights as well.
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(eq=False)
 class Pair:
-    """The two matrices beside one weight, and what their product is multiplied by."""
+    """The two matrices beside one weight, and the scale of their product."""
 
     a: StoredTensor
     b: StoredTensor
@@ -72,10 +72,10 @@ class Pair:
 
 @dataclass(eq=False)
 class Adapter:
-    """Hold an adapter: nothing of its matrices has been read but where they lie."""
+    """An adapter; its matrices are located, but not read."""
 
     path: Path
-    order: str  # of B's rows beside queries and keys, and of the names: "hf" or "meta"
+    order: str  # of names, and of B's rows for queries and keys: "hf" or "meta"
     config: dict
     pairs: dict[str, Pair] = field(repr=False)  # by the name of the weight in Hugging Face's files
 
@@ -84,7 +84,7 @@ WEIGHTS = {key: row for row in rows(1) if len(row.shape) == 2 for key in (row.me
 
 
 def row_of(name: str) -> Row | None:
-    """Return the row of a weight, given its name in either format."""
+    """Return the table's row of a weight, given its name in either format."""
     parts = name.removeprefix("model.").split(".")
     number = parts[1] if parts[0] == "layers" and len(parts) > 1 and parts[1].isdecimal() else None
     if number is not None:
@@ -113,7 +113,7 @@ def read_adapter(folder: Path) -> Adapter:
     """Read an adapter.
 
     Raises:
-        UserError: it is damaged, or more than two narrow matrices beside a weight.
+        UserError: it is damaged, or not plain LoRA.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -153,10 +153,10 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def make_pair(name: str, pair: dict[str, StoredTensor], config: dict, order: str, folder: Path) -> Pair:
-    """Join the two matrices of a weight.
+    """Return the two matrices of a weight.
 
     Raises:
-        UserError: one is missing, or their shapes are not as the configuration says.
+        UserError: one is missing, or their shapes contradict the configuration.
     """
     if len(pair) < 2:
         raise UserError(f"{folder} lacks the matrix {'AB'['a' in pair]} for {name}; download it again")
@@ -172,9 +172,9 @@ def make_pair(name: str, pair: dict[str, StoredTensor], config: dict, order: str
 
 
 def matching(pattern: dict | None, module: str, folder: Path):
-    """Return what a pattern says of a module: the first key that is the end of its name, as in PEFT.
+    """Return a pattern's value for a module: that of the first key which ends its name, as in PEFT.
 
-    PEFT takes a key for a regular expression. One out of a file could take for ever, so only names are taken.
+    PEFT takes keys for regular expressions. One from a file could run for ever, so only names are accepted.
     """
     for key, value in (pattern or {}).items():
         name = key.removeprefix("^").removesuffix("$")

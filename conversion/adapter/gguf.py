@@ -1,7 +1,7 @@
-"""An adapter as llama.cpp takes it beside a model: `llama-cli -m model.gguf --lora adapter.gguf`.
+"""An adapter as llama.cpp loads it beside a model: `llama-cli -m model.gguf --lora adapter.gguf`.
 
-Its matrices stand under the names of GGUF's weights, B's rows in Meta's order as the weights' are. One number, alpha,
-says all scales: alpha / rank. Source: llama.cpp, src/llama-adapter.cpp and convert_lora_to_gguf.py.
+Its matrices have the names of GGUF's weights, and B's rows are in Meta's order. One number, alpha, gives all scales:
+alpha / rank. Source: llama.cpp, src/llama-adapter.cpp and convert_lora_to_gguf.py.
 """
 
 import numpy as np
@@ -15,10 +15,10 @@ ENDS = (".lora_a", ".lora_b")
 
 
 def gguf_adapter(adapter: Adapter, rows_of_b, notes: list[str]) -> bytes:
-    """Make the file.
+    """Return the content of the file.
 
     Args:
-        rows_of_b: gives B of a weight, by its name, in Meta's order.
+        rows_of_b: returns B of a weight, by its name, in Meta's order.
     """
     alphas = {round(pair.scale * pair.a.shape[0], 9) for pair in adapter.pairs.values()}
     alpha = alphas.pop() if len(alphas) == 1 else 0.0

@@ -1,9 +1,9 @@
-"""An adapter merged into a checkpoint on its way to another: each weight as PEFT's `merge_and_unload` leaves it.
+"""Merge an adapter into a checkpoint while it is converted: each weight as PEFT's `merge_and_unload` leaves it.
 
-To the bit, for a model of the same type and the adapter that PEFT has loaded: A and B in float32 where they are
-narrower, their product times the scale, added to the weight in the wider of both types and rounded to the weight's; of
-an embedding PEFT rounds the product first. The product is made of bands of rows, so many that the library takes the
-same steps for a row as if all were asked for.
+The result is bit-equal for a model of the same type: A and B are widened to float32, their product times the scale is
+added to the weight in the wider of both types, and the sum is rounded to the weight's type; for an embedding PEFT
+rounds the product first. The product is computed in bands of rows that are large enough for torch to sum each row as
+in the whole product.
 """
 
 import math
@@ -24,16 +24,16 @@ from ..formats.storage import Dtype, SourceFile, StoredTensor
 from ..weights import EMBEDDING, OUTPUT, half_to_interleaved, interleaved_to_half, sizes
 from .files import Pair, read_adapter
 
-BAND = 1024  # rows at least, of a product that has as many
-NARROWER = ("float16", "bfloat16")  # than float32, in which PEFT keeps an adapter
+BAND = 1024  # rows of a band, at least
+NARROWER = ("float16", "bfloat16")  # wider than float32, in which PEFT keeps an adapter
 
 
 class Product:
-    """Give rows of B @ A times the scale, of which no more than a band is ever in memory.
+    """Rows of B @ A times the scale; no more than a band is in memory at a time.
 
     Args:
-        turned: whether it stands beside an embedding, to which the product is added turned over.
-        head_dim: of rows that the adapter orders as Meta does, else None.
+        turned: whether the product is transposed, as for an embedding.
+        head_dim: width of heads if the adapter's rows are in Meta's order, else None.
     """
 
     def __init__(self, pair: Pair, turned: bool, head_dim: int | None):
@@ -43,7 +43,7 @@ class Product:
 
     @cached_property
     def factors(self):
-        """A and B as torch multiplies them, B's rows in Hugging Face's order, as PEFT has them."""
+        """A and B as torch multiplies them, with B's rows in Hugging Face's order."""
         a, b = load(self.pair.a), load(self.pair.b)
         if self.head_dim is not None:
             b = interleaved_to_half(b, self.head_dim).reshape(b.shape).contiguous()
@@ -58,7 +58,7 @@ class Product:
         return torch.cat([self.make(first, end)[max(start - first, 0) : stop - first] for first, end in bands])
 
     def make(self, first: int, end: int):
-        """Make a band, unless it is the last that was made."""
+        """Return a band; the last one is kept."""
         with self.lock:
             if self.held != (first, end):
                 a, b = self.factors
@@ -77,14 +77,14 @@ def load(tensor: StoredTensor):
 
 @dataclass(frozen=True, eq=False)
 class MergedArray:
-    """Do what is done with the array of a stored tensor; a slice or a list of rows gives their elements, merged."""
+    """The array of a merged tensor; a slice or a list of rows returns their elements, merged."""
 
-    base: np.ndarray  # or what else gives the rows of the weight
+    base: np.ndarray  # or any other array of the weight's rows
     file: SourceFile
     product: Product
     stored: Dtype
-    first: tuple[int, int]  # row and column of the whole weight at which this part of it begins
-    head_dim: int | None  # of rows that lie in Meta's order, else None
+    first: tuple[int, int]  # first row and column of this part of the weight
+    head_dim: int | None  # if rows are in Meta's order, else None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -106,7 +106,7 @@ class MergedArray:
         return self.merge(self.file.take(self.base[start:stop]), start + self.first[0], stop + self.first[0])
 
     def merge(self, block: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """Add the product to rows of the weight, as PEFT does."""
+        """Add the product to rows of the weight as PEFT does."""
         import torch
 
         unit = self.head_dim or 1  # rows that are reordered together
@@ -122,13 +122,13 @@ class MergedArray:
         return signed.view(f"<u{self.stored.itemsize}")
 
     def reshape(self, heads: int, *shape: int) -> ByHead:
-        """Divide the rows among heads, of which there are as many as it gives."""
+        """Divide the rows among heads, whose number is inferred."""
         return ByHead(self, shape)
 
 
 @dataclass(eq=False)
 class MergedTensor:
-    """Say where a weight and what is added to it lie; what a `StoredTensor` does for a weight alone."""
+    """Where a weight and its adapter lie; the counterpart of `StoredTensor`."""
 
     base: StoredTensor  # or one in pieces
     product: Product
@@ -170,10 +170,10 @@ class MergedTensor:
 
 
 def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Return a checkpoint whose weights are merged with an adapter's matrices when they are read.
+    """Return a checkpoint whose weights are merged with an adapter when they are read.
 
     Raises:
-        UserError: the adapter is of another model, or changes what is not a layer of its own.
+        UserError: the adapter belongs to another model, or changes a tied head.
     """
     adapter = read_adapter(folder)
     table = {row.hf: row for row in checkpoint.rows}

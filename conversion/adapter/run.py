@@ -1,4 +1,4 @@
-"""An adapter converted alone: planned, written, proven and reported, as a model is."""
+"""Convert an adapter alone: plan, write, prove and report it."""
 
 import time
 from pathlib import Path
@@ -17,7 +17,7 @@ def convert_adapter(source: Path, target: Path, to, given: dict, dry_run: bool, 
     """Put a LoRA adapter into the other format's names and order of rows, as `convert` does; it is small.
 
     Raises:
-        UserError: it is more than LoRA, an option has no meaning for it, or the target is not free.
+        UserError: it is not plain LoRA, an option has no meaning for it, or the target is not free.
     """
     started = time.perf_counter()
     for option, value in given.items():
