@@ -1,7 +1,7 @@
-"""A repository on the Hub converted file by file: each is fetched, its tensors written to their places, and dropped.
+"""Convert a repository on the Hub file by file: fetch one, write its tensors to their places, drop it.
 
-So the disk never holds the model twice. The headers alone tell the plan. What a run has written stays for the next one:
-a journal in the unfinished target says whose tensors are in their places.
+So the disk never holds the model twice. Headers are enough for the plan. A run resumes what an earlier one has written:
+a journal in the unfinished target lists the files whose tensors are in their places.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ from .tokenizer.files import hash_of
 from .weights import EMBEDDING, OUTPUT
 
 JOURNAL, FETCHED = f".streamed{OURS}", ".fetched"  # in the unfinished target
-AT_ONCE = 2  # files of the source on the disk, at most: one that is read, one that replaces it
+AT_ONCE = 2  # the most files of the source on the disk: one that is read, and the next
 JOURNAL_KEYS = {"plan": text(), "done": OBJECT}
 
 
 @dataclass(eq=False)
 class Stream:
-    """Hold a repository whose weights are still on the Hub: its other files and hollow ones in their places."""
+    """A repository whose weights are still on the Hub: its small files, and sparse files in place of the weights."""
 
     name: HubName
     commit: str
     folder: Path
-    files: dict[str, int]  # of weights -> bytes
+    files: dict[str, int]  # file of weights -> bytes
 
     @property
     def nbytes(self) -> int:
@@ -45,11 +45,11 @@ class Stream:
 
     @property
     def room(self) -> int:
-        """The bytes of the source that are on the disk at once."""
+        """The most bytes of the source that are on the disk at once."""
         return AT_ONCE * max(self.files.values())
 
     def say(self, target: int) -> str:
-        """Say how much of the disk each way takes."""
+        """Return how much disk each way takes."""
         repo, once = self.name.repo, f"{self.room} bytes of them on the disk at most"
         return (
             f"the weights of {repo} are fetched one file after another, {once} beside the {target} of the target; all "
@@ -58,7 +58,7 @@ class Stream:
 
     @contextlib.contextmanager
     def fetched(self, file: str, place: Path) -> Iterator[None]:
-        """Bring one file, and let it stand for the hollow one in the block."""
+        """Fetch one file, which replaces the sparse one inside the block."""
         hollow, aside = self.folder / file, self.folder.parent / f"{file}.hollow"
         there = fetch_file(self.name, self.commit, file, place)
         hollow.rename(aside)
@@ -73,13 +73,13 @@ class Stream:
 
 @contextlib.contextmanager
 def stream_of(source, target: Path, wanted: bool | None) -> Iterator[Stream | None]:
-    """Give a repository file by file, where that is wanted or where the whole of it and the target have no room.
+    """Return a repository to be read file by file, if that is wanted or the disk lacks room; otherwise None.
 
     Args:
         wanted: None to look at the disk.
 
     Raises:
-        UserError: it is wanted of what cannot be read so.
+        UserError: it is wanted, but the repository cannot be read so.
     """
     name = parse_name(source)
     if name is None and wanted:
@@ -99,15 +99,15 @@ def stream_of(source, target: Path, wanted: bool | None) -> Iterator[Stream | No
 
 
 def fits(nbytes: int, target: Path) -> bool:
-    """Tell whether the disk has room for what is to be fetched and for as much again."""
+    """Tell whether the disk has room for the files to fetch and as much again."""
     return 2 * nbytes <= shutil.disk_usage(parent_of(target)).free
 
 
 def check_streamed(plan: Plan):
-    """Raise where a plan stands on numbers, which are still on the Hub.
+    """Check that a plan needs no elements, which are still on the Hub.
 
     Raises:
-        UserError: saying which.
+        UserError: it does; the sentence says which.
     """
     stored = plan.source.tensors
     if plan.source.tied and stored[OUTPUT.hf][0] is not stored[EMBEDDING.hf][0]:
@@ -121,16 +121,16 @@ def check_streamed(plan: Plan):
 def write_streamed(
     plan: Plan, folder: Path, stream: Stream, remake: Callable[[], Plan], progress: Callable[[int], None], verify: bool
 ) -> tuple[list[str], float | None]:
-    """Write all files of tensors of a plan into `folder`, one file of the source after another.
+    """Write all tensors of a plan into `folder`, one file of the source after another.
 
     Args:
-        remake: makes the plan again, when another file of the source is whole.
+        remake: returns the plan again, for the files of the source that are now whole.
 
     Returns:
         The source's files that an earlier run had written, and the largest error of a cast in the others.
 
     Raises:
-        UserError: a file on the Hub is another than its header said, or was not written as it was read.
+        UserError: a file on the Hub contradicts its header, or was not written as it was read.
     """
     laid_out = lay_out(plan)
     journal = read_journal(folder, f"{stream.commit} {hash_of(laid_out)}")
@@ -162,12 +162,12 @@ def write_streamed(
 
 
 def lay_out(plan: Plan) -> bytes:
-    """Write down which tensors go into which files, to tell a plan from another."""
+    """Return which tensors go into which files, to recognise a plan."""
     return to_json([[file.name, file.layout.size, [name for name, _ in file.tensors]] for file in plan.files])
 
 
 def write_from(plan: Plan, name: str, folder: Path, verify: bool) -> dict[str, dict[str, int]]:
-    """Write what lies in one file of the source; returns the checksums by file of the target and place in it."""
+    """Write the tensors of one file of the source; return checksums by target file and place."""
     found = {}
     for file in plan.files:
         path = folder / f"{file.name}.partial"
@@ -183,7 +183,7 @@ def write_from(plan: Plan, name: str, folder: Path, verify: bool) -> dict[str, d
 
 
 def is_written(assembly, path: Path, offset: int) -> bool:
-    """Tell whether a tensor lies in a file to the bit."""
+    """Tell whether a file holds a tensor, to the bit."""
     written = SourceFile(path)
     for block in assembly.blocks():
         there = np.frombuffer(written.read(offset, block.nbytes), np.uint8)
@@ -194,7 +194,7 @@ def is_written(assembly, path: Path, offset: int) -> bool:
 
 
 def read_journal(folder: Path, plan: str) -> dict:
-    """Return what an earlier run has written, if its plan was the same one."""
+    """Return what an earlier run with the same plan has written."""
     path = folder / JOURNAL
     if path.is_file():
         journal = check(read_json(path), JOURNAL_KEYS, path, tuple(JOURNAL_KEYS))
@@ -204,7 +204,7 @@ def read_journal(folder: Path, plan: str) -> dict:
 
 
 def make_room(path: Path, size: int, journal: dict):
-    """Take the room of a whole file; what an earlier run wrote into it, or even finished, stays."""
+    """Reserve the space of a file; what an earlier run wrote into it stays."""
     finished = path.with_name(path.name.removesuffix(".partial"))
     if finished.is_file():
         finished.replace(path)
@@ -220,6 +220,6 @@ def sync_file(path: Path):
 
 
 def kept_files(plan: Plan, folder: Path) -> list[str]:
-    """List what an earlier run left that this one goes on with."""
+    """List the files of an earlier run that this one resumes."""
     waiting = [path.relative_to(folder).as_posix() for path in (folder / FETCHED).rglob("*") if path.is_file()]
     return [JOURNAL, *waiting, *(name for file in plan.files for name in (file.name, f"{file.name}.partial"))]

@@ -1,7 +1,7 @@
 """What a tokenizer.json may hold: the types of all of it, and bounds on what it can make of a text.
 
-A file names the steps that a text goes through. A step that writes a text twice, in a sequence of forty steps, would
-fill any memory; so would a token of megabytes, whose every division is looked for.
+A file names the steps that a text goes through. A step that doubles a text, forty times in a row, would fill any
+memory; so would a token of megabytes, which is split in every way to find its merges.
 """
 
 import json
@@ -28,21 +28,21 @@ from hf_llama3.files.schema import (
 
 from ..config.schema import ID, TOKEN
 
-# Bytes that are looked at to find every way in which a token is made of two; 7.4 million in Llama 3's.
+# Bytes to look at for every way to make a token of two; 7.4 million in Llama 3's.
 MOST_MERGING = 2**26
-MOST_GROWTH = 1024  # characters that all steps together may make of one
+MOST_GROWTH = 1024  # the most characters that all steps may make of one
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 MOST_OF_STEPS = 2**20  # characters of JSON; a normaliser's compiled table has 0.3 million
 
 
 def are_ids(value) -> bool:
-    """Tell whether a vocabulary has an id for each token; of hundreds of thousands, so all at once."""
+    """Tell whether a vocabulary maps tokens to ids; all at once, since there are hundreds of thousands."""
     numbers = value.values() if isinstance(value, dict) and value else [None]
     return set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < LARGEST
 
 
 def are_pairs(value) -> bool:
-    """Tell whether merges are texts, or lists of two."""
+    """Tell whether merges are texts or pairs of texts."""
     if not isinstance(value, list) or not set(map(type, value)) <= {str, list}:
         return False
     pairs = [merge for merge in value if type(merge) is list]
@@ -71,7 +71,7 @@ def read_tokenizer_file(path: Path) -> dict:
     """Read a tokenizer.json.
 
     Raises:
-        UserError: a part has another type, a token stands twice, or what it makes of a text has no bound.
+        UserError: a part has the wrong type, a token is there twice, or the growth of a text is not bounded.
     """
     raw = check(read_json(path), TOKENIZER, path, ("model",))
     check(raw["model"], MODEL, path, ("vocab",))
@@ -99,7 +99,7 @@ def check_once(values: list, what: str, path: Path):
 
 
 def check_lengths(tokens, path: Path):
-    """Raise where tokens are so long that to list what they are merged from would take for ever."""
+    """Refuse tokens so long that finding their merges would take for ever."""
     if (work := sum(len(token) ** 2 for token in tokens)) > MOST_MERGING:
         longest = max(map(len, tokens))
         rule = f"the squares of their lengths must sum to at most {MOST_MERGING}"
@@ -107,7 +107,7 @@ def check_lengths(tokens, path: Path):
 
 
 def growth_of(step, path: Path) -> int:
-    """Return how many characters a step, with all that are in it, may make of one; bounded by `MOST_GROWTH` + 1."""
+    """Return the most characters that a step, with its own steps, makes of one; at most `MOST_GROWTH` + 1."""
     growth, waiting = 1, [step]
     while waiting and growth <= MOST_GROWTH:
         item = waiting.pop()
@@ -125,13 +125,13 @@ def growth_of(step, path: Path) -> int:
 
 
 def growth_of_template(template: dict, path: Path) -> int:
-    """Return how often a text stands in what a template makes of it."""
+    """Return how often a template repeats its text."""
     if not SPECIALS.takes(template.get("special_tokens", {})):
         raise UserError(f"the special tokens of the post_processor in {path} must be ids; download it again")
     often = 1
     for key in ("single", "pair"):
         pieces = template.get(key, [])
-        if isinstance(pieces, str):  # "<s> $A $B:1", which the library reads as well
+        if isinstance(pieces, str):  # "<s> $A $B:1", which the library accepts, too
             kinds = [("Sequence" if piece.startswith("$") else "Special", piece[:2]) for piece in pieces.split()]
             pieces = [{kind: {"id": name}} for kind, name in kinds]
         if not isinstance(pieces, list) or len(pieces) > 64 or not all(map(PIECE.takes, pieces)):

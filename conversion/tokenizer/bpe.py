@@ -33,7 +33,7 @@ BEGIN_OF_TEXT, END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN = (
 )
 PADDING = "<|finetune_right_pad_id|>"
 
-# The first special tokens of each version, None where one is reserved; the rest are reserved as well. As published in
+# The first special tokens of each version; None and all later ones are reserved. As published in
 # meta-llama/Meta-Llama-3-8B and meta-llama/Llama-3.1-8B, tokenizer.json. 3.2 and 3.3 kept 3.1's.
 NAMED = {
     "3.0": (
@@ -61,10 +61,10 @@ def special_tokens(version: str) -> list[str]:
 
 
 def check_special_tokens(names: list[str], path: Path):
-    """Raise unless every special token has a name of its own, and those are there that begin and end a text.
+    """Check that special tokens have different names, and that there are tokens to begin and end a text.
 
     Raises:
-        UserError: naming the token.
+        UserError: a name repeats or is missing.
     """
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
@@ -75,7 +75,7 @@ def check_special_tokens(names: list[str], path: Path):
 
 
 def token_ids(names: list[str], first: int, instruct: bool) -> dict:
-    """Return the begin, end and padding ids that a configuration holds, given the special tokens and the first's id."""
+    """Return the begin, end and pad ids for a configuration, from the special tokens and the id of the first."""
     ids = {name: first + index for index, name in enumerate(names)}
     stops = [ids[name] for name in (END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN) if name in ids]
     return {
@@ -86,7 +86,7 @@ def token_ids(names: list[str], first: int, instruct: bool) -> dict:
 
 
 def token_ids_without_tokenizer(version: str, vocab_size: int, instruct: bool) -> dict:
-    """Return the ids that a configuration holds where no tokenizer.model of Llama 3 is at hand to tell them."""
+    """Return the ids for a configuration without a tokenizer.model of Llama 3."""
     if version != "2" and vocab_size == VOCAB_SIZE:
         names = special_tokens(version)
         return token_ids(names, vocab_size - len(names), instruct)
@@ -95,24 +95,24 @@ def token_ids_without_tokenizer(version: str, vocab_size: int, instruct: bool) -
 
 
 def find_hf_tokenizer(folder: Path) -> tuple[Path | None, str | None, str | None]:
-    """Find the tokenizer of a Hugging Face folder, its kind, and whose it is: Llama "2"'s, "3"'s or of an "other"."""
+    """Return the tokenizer of a Hugging Face folder, its kind, and its family: Llama "2", "3" or "other"."""
     model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
     kind = tokenizer_kind(model) if model.is_file() else None
     if kind == "sentencepiece":
         return model, kind, "2"
     if fast.is_file():
-        content = read_file(fast)  # signs that need no parsing of 17 MB
+        content = read_file(fast)  # recognised without parsing 17 MB
         is_llama3 = any(json.dumps(sign)[1:-1].encode() in content for sign in (BEGIN_OF_TEXT, PATTERN))
         is_sentencepiece = re.search(rb'"byte_fallback":\s*true', content)
         return fast, "tokenizer.json", "2" if is_sentencepiece else "3" if is_llama3 else "other"
     if kind:
         return model, kind, "3"
-    slow = folder / "vocab.json"  # with merges.txt, as GPT-2's kind was kept before tokenizer.json
+    slow = folder / "vocab.json"  # with merges.txt, the files before tokenizer.json
     return (slow, slow.name, "other") if slow.is_file() else (None, None, None)
 
 
 def tokenizer_kind(path: Path) -> str:
-    """Tell "tiktoken" from "sentencepiece" by the first byte: base64 is text, a sentencepiece model begins a record."""
+    """Tell "tiktoken" from "sentencepiece" by the first byte: base64 is text, a sentencepiece model is not."""
     require_file(path)
     if reason := what_became_of(path):
         raise UserError(f"{path} is no tokenizer{reason}")
@@ -153,19 +153,19 @@ def tiktoken_file(tokens: list[bytes]) -> bytes:
 def hf_tokenizer_files(
     tokens: list[bytes], names: list[str], config: dict, instruct: bool, chat_template: str | None = None
 ) -> dict[str, str]:
-    """Make the files from which `AutoTokenizer` loads Meta's tokenizer: {file name: content}.
+    """Return the files from which `AutoTokenizer` loads Meta's tokenizer: {file name: content}.
 
     Args:
         tokens: in the order of their ranks.
         names: the special tokens in the order of their ids, which follow the ranks.
         config: the model's configuration, for the token ids and the context window.
-        instruct: whether Llama 3's chat template is added where no other is given.
-        chat_template: another than Llama 3's.
+        instruct: add Llama 3's chat template if no other is given.
+        chat_template: a template to use in place of Llama 3's.
     """
     name_of = {len(tokens) + index: name for index, name in enumerate(names)}
     begin, end, padding = (special_name(config[f"{key}_id"], len(tokens), names) for key in TOKEN_NAMES)
     tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # the one name that versions 4 and 5 and all engines know
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the class that transformers 4 and 5 and all engines know
         **{key: name for key, name in zip(TOKEN_NAMES, (begin, end, padding), strict=True) if name is not None},
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
@@ -179,7 +179,7 @@ def hf_tokenizer_files(
 
 
 def build_tokenizer(tokens: list[bytes], names: list[str], begin: str | None):
-    """Build the `tokenizers.Tokenizer` that gives Meta's ids, with the token `begin` before every text, if any."""
+    """Build the `tokenizers.Tokenizer` with Meta's ids, and the token `begin` before every text, if any."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     characters = byte_characters()
@@ -204,13 +204,13 @@ def build_tokenizer(tokens: list[bytes], names: list[str], begin: str | None):
 
 
 def special_name(ids: int | list[int] | None, first: int, names: list[str]) -> str | None:
-    """Return the special token of an id, of which `first` is the smallest; of several, the last, which ends a turn."""
+    """Return the special token of an id, or of the last of several (it ends a turn); `first` is the smallest id."""
     token_id = ids[-1] if isinstance(ids, list) else ids
     return None if token_id is None else dict(enumerate(names, first)).get(token_id)
 
 
 def read_tokenizer_json(content: bytes, path: Path):
-    """Build the `tokenizers.Tokenizer` of a tokenizer.json, which splits texts whole, whatever was last asked of it.
+    """Build the `tokenizers.Tokenizer` of a tokenizer.json, without its truncation and padding.
 
     Raises:
         UserError: it is damaged.
@@ -225,10 +225,10 @@ def read_tokenizer_json(content: bytes, path: Path):
 
 
 def meta_tokenizer_file(tokenizer_json: Path) -> tuple[bytes, list[str]]:
-    """Turn tokenizer.json back into Meta's tokenizer.model, byte for byte, and the names of its special tokens.
+    """Return Meta's tokenizer.model, byte for byte, and the names of special tokens, from a tokenizer.json.
 
     Raises:
-        UserError: the tokenizer is of another kind, so that Meta's code would split texts differently.
+        UserError: the tokenizer is of another kind; Meta's code would encode texts differently.
     """
     raw = read_tokenizer_file(tokenizer_json)
     model, added = raw["model"], raw.get("added_tokens") or []
@@ -258,10 +258,10 @@ def rank(tokens: list[bytes]) -> dict[bytes, int]:
 
 
 def all_merges(ranks: dict) -> list[tuple]:
-    """List every way to make a token of two, by the token's rank, then the parts': what ids that follow merges mean.
+    """Return the merges that ranks imply: every way to make a token of two, ordered by rank, then by the parts' ranks.
 
     Args:
-        ranks: of the tokens, which are all bytes or all text.
+        ranks: rank of each token; tokens are all bytes or all text.
     """
     merges = []
     for token in sorted(ranks, key=ranks.get):
@@ -272,7 +272,7 @@ def all_merges(ranks: dict) -> list[tuple]:
 
 
 def byte_characters() -> dict[int, str]:
-    """Return the printable character by which byte-level BPE spells each byte (OpenAI's GPT-2, `bytes_to_unicode`)."""
+    """Return byte-level BPE's printable character for each byte (OpenAI's GPT-2, `bytes_to_unicode`)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}

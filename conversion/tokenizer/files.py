@@ -1,7 +1,7 @@
-"""The files of a checkpoint's tokenizer in the format of the target.
+"""Make the files of a checkpoint's tokenizer in the format of the target.
 
-Meta's tokenizer.model holds tokens and their ranks, and nothing of chat templates, padding or flags; many a tokenizer
-it cannot hold at all. So a Hugging Face folder's own files travel beside it, in a folder of their own, and come back.
+Meta's tokenizer.model holds tokens and ranks, but no chat templates, padding or flags, and it cannot hold tokenizers of
+other kinds at all. So a Hugging Face folder's own files travel beside it, in a folder of their own, and come back.
 """
 
 import hashlib
@@ -17,16 +17,16 @@ from .bpe import NUM_SPECIAL_TOKENS, all_merges, hf_tokenizer_files, meta_tokeni
 from .templates import TEMPLATE_FOLDER
 
 TOKENIZER_MODEL = "tokenizer.model"
-CARRIED = "huggingface"  # the folder in a directory of Meta's
-PORTABLE_CLASS = "PreTrainedTokenizerFast"  # the one name that versions 4 and 5 and all engines know
-# Names that stand for it in version 5 only.
+CARRIED = "huggingface"  # their folder in a directory of Meta's
+PORTABLE_CLASS = "PreTrainedTokenizerFast"  # the class that transformers 4 and 5 and all engines know
+# Other names for it, known to version 5 only.
 NEW_CLASSES = ("TokenizersBackend",)
 
 
 def hf_tokenizer(source: Checkpoint, notes: list[str]) -> dict[str, bytes]:
-    """Make the files for a Hugging Face folder."""
+    """Return the tokenizer files for a Hugging Face folder."""
     if source.hf_tokenizer is not None:
-        # Version 4 has to find a class that it knows; of another tokenizer than Llama's nothing is touched on its way.
+        # Version 4 must find a class that it knows; files of other tokenizers than Llama's are not touched.
         is_foreign = source.format == "meta" and source.tokenizer_kind not in ("tiktoken", "sentencepiece")
         files = copy_files(source.hf_tokenizer, portable=not is_foreign)
     elif source.tokenizer_kind == "tiktoken":
@@ -43,14 +43,14 @@ def hf_tokenizer(source: Checkpoint, notes: list[str]) -> dict[str, bytes]:
 
 
 def tokenizer_paths(folder: Path) -> dict[str, Path]:
-    """List the files of a Hugging Face folder's tokenizer by their names in it."""
+    """Return the tokenizer files of a Hugging Face folder by their paths in it."""
     paths = [path for path in folder.iterdir() if path.name.split(".")[0].startswith(TOKENIZER_FILES)]
     paths += (folder / TEMPLATE_FOLDER).glob("*.jinja")
     return {path.relative_to(folder).as_posix(): path for path in sorted(paths) if path.is_file()}
 
 
 def copy_files(folder: Path, portable: bool = True) -> dict[str, bytes]:
-    """Take the tokenizer files as they are; `portable` names a class that version 4 knows."""
+    """Return the tokenizer files as they are, with the `portable` class if that is wanted."""
     refuse_links(folder, tokenizer_paths(folder).values())
     files = {name: read_file(path) for name, path in tokenizer_paths(folder).items()}
     if portable and "tokenizer_config.json" in files:
@@ -61,10 +61,10 @@ def copy_files(folder: Path, portable: bool = True) -> dict[str, bytes]:
 
 
 def find_carried(folder: Path, made_with: str | None, inferred: list[str]) -> Path | None:
-    """Find the Hugging Face files that lie beside Meta's in a directory of theirs, if they still belong to it.
+    """Return the folder of Hugging Face files beside Meta's, if they still belong to the tokenizer.model.
 
     Args:
-        made_with: hash of the tokenizer.model that was written with them.
+        made_with: hash of the tokenizer.model that they were written with.
     """
     carried, model = folder / CARRIED, folder / TOKENIZER_MODEL
     if not carried.is_dir() or not tokenizer_paths(carried):
@@ -77,12 +77,12 @@ def find_carried(folder: Path, made_with: str | None, inferred: list[str]) -> Pa
 
 
 def hash_of(model: Path | bytes) -> str:
-    """Return the hash by which a tokenizer.model is known again."""
+    """Return the hash that identifies a tokenizer.model."""
     return hashlib.sha256(read_file(model) if isinstance(model, Path) else model).hexdigest()
 
 
 def meta_tokenizer(source: Checkpoint, notes: list[str]) -> tuple[dict[str, bytes], list[str] | None]:
-    """Make the files for a directory of Meta's and list the special tokens."""
+    """Return the tokenizer files for a directory of Meta's, and the special tokens."""
     if source.tokenizer is None:
         notes.append("no tokenizer was written: the source has none")
         return {}, None
@@ -97,7 +97,7 @@ def meta_tokenizer(source: Checkpoint, notes: list[str]) -> tuple[dict[str, byte
 
 
 def meta_tokenizer_model(source: Checkpoint, notes: list[str]) -> tuple[dict[str, bytes], list[str] | None]:
-    """Make tokenizer.model, where Meta's format can say the tokenizer, and list the special tokens."""
+    """Return tokenizer.model, if Meta's format can hold the tokenizer, and the special tokens."""
     if source.tokenizer.name == TOKENIZER_MODEL:
         return {TOKENIZER_MODEL: read_file(source.tokenizer)}, source.special_tokens
     try:
@@ -113,7 +113,7 @@ def meta_tokenizer_model(source: Checkpoint, notes: list[str]) -> tuple[dict[str
 
 
 def sentencepiece_files(source: Checkpoint) -> dict[str, bytes]:
-    """Turn Llama 2's tokenizer.model into Hugging Face's files.
+    """Return Hugging Face's files for Llama 2's tokenizer.model.
 
     Raises:
         UserError: the extra `llama2` is missing, or the file is no sentencepiece model.
@@ -152,7 +152,7 @@ def read_sentencepiece(path: Path):
 
 
 def build_sentencepiece(model):
-    """Build the `tokenizers.Tokenizer` that gives a sentencepiece model's ids, with its begin token before every text.
+    """Build the `tokenizers.Tokenizer` with a sentencepiece model's ids, and its begin token before every text.
 
     Pieces are made in the order of their ids, as in meta-llama/Llama-2-7b-hf, tokenizer.json.
     """
@@ -174,7 +174,7 @@ def build_pieces(pieces: list[str], made: dict, apart: dict[str, bool], unknown:
     piece is spelled in bytes.
 
     Args:
-        made: pieces that smaller ones make, with what orders them.
+        made: pieces that are merged from smaller ones, with the order of merges.
         apart: pieces that are found in a text before it is split, and whether they are special.
         prefix: whether a text gets a space before it.
     """
@@ -188,7 +188,7 @@ def build_pieces(pieces: list[str], made: dict, apart: dict[str, bool], unknown:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    for piece, special in apart.items():  # by two methods, which overrule what the token says of itself
+    for piece, special in apart.items():  # two methods, because they overrule the token's own flag
         add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
         add([AddedToken(piece, normalized=False)])
     return tokenizer

@@ -1,7 +1,7 @@
-"""The tokenizer in a GGUF file: tokens, their types, and merges or scores; from Hugging Face's files and to them.
+"""The tokenizer in a GGUF file (tokens, their types, merges or scores): from Hugging Face's files, and to them.
 
-Byte-level BPE ("gpt2") says how texts are split by a name alone, of which each stands for a regular expression in
-llama.cpp; a sentencepiece model ("llama") needs none. Other tokenizers have no way into GGUF, or out of it, here.
+Byte-level BPE ("gpt2") names its way of splitting texts; each name stands for a regular expression in llama.cpp. A
+sentencepiece model ("llama") needs none. Other tokenizers are not converted.
 Source: llama.cpp, src/llama-vocab.cpp (`impl::load`, `llm_tokenizer_bpe`).
 """
 
@@ -24,7 +24,7 @@ from .templates import DEFAULT, TEMPLATE_FILE, TEMPLATE_FOLDER
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 BPE, SENTENCEPIECE, NONE = "gpt2", "llama", "none"  # `tokenizer.ggml.model`
 MOST_TOKENS = 2**20
-# What texts are split by -> the names that GGUF has for it, of which the first is written
+# Way of splitting texts -> GGUF's names for it; the first is written
 SPLITS = {
     "Meta's pattern": ("llama-bpe", "llama3", "llama-v3", "falcon3"),
     "digits one by one, GPT-2's pattern": ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"),
@@ -34,21 +34,21 @@ SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
 META, DIGITS, GPT2 = SPLITS
 ROLES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
 TEMPLATE = "tokenizer.chat_template"
-NO_SCORE = -1e6  # of a piece that no merge makes
+NO_SCORE = -1e6  # score of a piece that no merge makes
 
 
 class OtherTokenizer(UserError):
-    """Say why a tokenizer has no way into or out of GGUF."""
+    """A tokenizer that is not converted, and why."""
 
 
 # Out of GGUF
 
 
 def read_gguf_tokenizer(metadata: dict, path: Path, context: int) -> dict[str, bytes]:
-    """Make a Hugging Face folder's tokenizer files.
+    """Return the tokenizer files of a Hugging Face folder.
 
     Raises:
-        OtherTokenizer: it is of a kind that has no such files here.
+        OtherTokenizer: this kind is not converted.
         UserError: its lists are damaged.
     """
     tokenizer = build_from_metadata(metadata, path)
@@ -69,7 +69,7 @@ def read_gguf_tokenizer(metadata: dict, path: Path, context: int) -> dict[str, b
 
 
 def build_from_metadata(metadata: dict, path: Path):
-    """Build the `tokenizers.Tokenizer` that splits as llama.cpp splits by these lists."""
+    """Build the `tokenizers.Tokenizer` that encodes as llama.cpp does with these lists."""
     model, split = metadata.get("tokenizer.ggml.model", NONE), metadata.get("tokenizer.ggml.pre")
     if model not in (BPE, SENTENCEPIECE):
         known = f"{BPE} (byte-level BPE) and {SENTENCEPIECE} (sentencepiece)"
@@ -79,7 +79,7 @@ def build_from_metadata(metadata: dict, path: Path):
         raise OtherTokenizer(f"its texts are split as {quoted(split)}, and only {known} become Hugging Face's files")
     tokens, types = read_tokens(metadata, path)
     ids = special_ids(metadata, path)
-    default = (model == SENTENCEPIECE or SPLIT_OF.get(split) == META, False)  # llama.cpp's
+    default = (model == SENTENCEPIECE or SPLIT_OF.get(split) == META, False)  # llama.cpp's default
     before, after = (
         metadata.get(f"tokenizer.ggml.add_{role}_token", usual) is True and role in ids
         for role, usual in zip(("bos", "eos"), default, strict=True)
@@ -110,7 +110,7 @@ def read_tokens(metadata: dict, path: Path) -> tuple[list[str], list[int]]:
     """Return the tokens and their types.
 
     Raises:
-        UserError: they are no lists of the same length, or a token stands twice.
+        UserError: the lists differ in length, or a token is there twice.
     """
     tokens, types = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
     if not isinstance(tokens, list) or not 0 < len(tokens) <= MOST_TOKENS:
@@ -136,7 +136,7 @@ def read_merges(metadata: dict, path: Path) -> list[tuple[str, str]]:
 
 
 def special_ids(metadata: dict, path: Path) -> dict[str, int]:
-    """Return the ids of the tokens that begin, end and pad texts, where the file has them."""
+    """Return the ids of the begin, end and pad tokens that the file names."""
     ids = {role: metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ROLES}
     count = len(metadata.get("tokenizer.ggml.tokens") or [])
     for role, index in ids.items():
@@ -146,7 +146,7 @@ def special_ids(metadata: dict, path: Path) -> dict[str, int]:
 
 
 def build_bpe(tokens: list[str], types: list[int], merges: list[tuple[str, str]], split: str):
-    """Build byte-level BPE; tokens that no merges make come after the others where they have the last ids."""
+    """Build byte-level BPE; tokens without merges are added ones if they have the last ids."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
     apart = (CONTROL, USER_DEFINED)
@@ -176,7 +176,7 @@ def make_pre_tokenizer(split: str):
 
 
 def make_post_processor(tokenizer, before: str | None, after: str | None):
-    """Return what puts tokens before and after every text."""
+    """Return the post-processor that adds tokens before and after every text."""
     from tokenizers import processors
 
     specials = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((before, after)) if token]
@@ -208,7 +208,7 @@ def read_templates(metadata: dict, path: Path) -> dict[str, str]:
 
 
 def tokenizer_metadata(files: dict[str, bytes], rows: int, templates: dict[str, str]) -> dict:
-    """Make the metadata of a Hugging Face folder's tokenizer, for an embedding of so many rows.
+    """Return the metadata of a Hugging Face folder's tokenizer, for an embedding of `rows` rows.
 
     Raises:
         OtherTokenizer: llama.cpp has no such tokenizer.
@@ -244,7 +244,7 @@ def tokenizer_metadata(files: dict[str, bytes], rows: int, templates: dict[str, 
 
 
 def split_of(raw: dict) -> str:
-    """Tell by what byte-level BPE splits texts.
+    """Return how byte-level BPE splits texts.
 
     Raises:
         OtherTokenizer: llama.cpp has no name for it.
@@ -270,7 +270,7 @@ def split_of(raw: dict) -> str:
 
 
 def sentencepiece_lists(raw: dict, tokens: list[str], types: np.ndarray, merges: list[tuple]) -> dict:
-    """Return scores that make pieces in the order of the merges, and whether a space is put before a text."""
+    """Return scores in the order of the merges, and whether a space is put before a text."""
     model, order = raw["model"], {}
     for place, pair in enumerate(merges):
         order.setdefault("".join(pair), -float(place))
@@ -286,7 +286,7 @@ def sentencepiece_lists(raw: dict, tokens: list[str], types: np.ndarray, merges:
 
 
 def names_of_roles(files: dict[str, bytes], model: dict) -> dict[str, str]:
-    """Return the tokens that begin, end and pad texts, and stand for unknown ones, by their names."""
+    """Return the names of the begin, end, pad and unknown tokens."""
     config = parse_json(files.get("tokenizer_config.json", b"{}"))
     named = {role: config.get(key) for role, key in ROLES.items()}
     named["unknown"] = named["unknown"] or model.get("unk_token")
@@ -294,7 +294,7 @@ def names_of_roles(files: dict[str, bytes], model: dict) -> dict[str, str]:
 
 
 def check_gguf_tokenizer(files: dict[str, bytes], metadata: dict) -> str | None:
-    """Say where llama.cpp would split texts otherwise than a folder's tokenizer; None where nowhere."""
+    """Return where llama.cpp would encode texts differently from a folder's tokenizer, or None."""
     ours = read_tokenizer_json(files["tokenizer.json"], Path("tokenizer.json"))
     theirs = build_from_metadata(metadata, Path("the file"))
     if split_alike(ours, theirs, True):

@@ -1,4 +1,4 @@
-"""Proof that two checkpoints' tokenizers are the same to a user: what each does to texts, read in its own way."""
+"""Prove that two checkpoints' tokenizers are the same to a user: what each does to texts, read independently."""
 
 from hf_llama3.errors import UserError, quoted
 from hf_llama3.files.reading import read_file
@@ -8,11 +8,11 @@ from .readings import Reading, read_hub_files, read_ranks_as_meta, read_sentence
 from .templates import llama3_chat_template
 
 EQUAL, ABSENT, DIFFERS = "equal", "absent", "differs"
-HUB, MODEL = "hub", "tokenizer.model"  # what a reader takes: Hugging Face's files, Meta's
-# What transformers 5.23 reads as a tokenizer, whatever the package takes for one
+HUB, MODEL = "hub", "tokenizer.model"  # readers: of Hugging Face's files, and of Meta's
+# Files that transformers 5.23 reads a tokenizer from
 HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 HUB_FILES += ("vocab.txt", "merges.txt", "chat_template.jinja", MODEL)
-CUT = 5  # tokens of a batch's longest text
+CUT = 5  # tokens of the longest text in a batch
 RUN = 20  # tokens of the vocabulary in one text
 DIALOGUE = [
     {"role": "system", "content": "You are terse."},
@@ -26,8 +26,8 @@ def compare_tokenizers(source: Checkpoint, target: Checkpoint) -> tuple[str, str
     """Compare what users of two checkpoints see of their tokenizers.
 
     Returns:
-        "equal", "absent", "only in source", "only in target", "differs" or why they were not compared; and, where they
-        differ or one is absent, in what.
+        "equal", "absent", "only in source", "only in target", "differs", or why they were not compared; and the first
+        difference, if there is one.
     """
     if source.tokenizer is None or target.tokenizer is None:
         held = [name for name, checkpoint in (("source", source), ("target", target)) if checkpoint.tokenizer]
@@ -42,7 +42,7 @@ def compare_tokenizers(source: Checkpoint, target: Checkpoint) -> tuple[str, str
 
 
 def find_difference(source: Checkpoint, target: Checkpoint) -> str | None:
-    """Return the first difference that is found, in a few words."""
+    """Return the first difference, in a few words."""
     ours, theirs = (files_by_reader(checkpoint) for checkpoint in (source, target))
     pairs = [(kind, kind) for kind in ours if kind in theirs]
     pairs += [(kind, next(iter(theirs))) for kind in ours if kind not in theirs]
@@ -57,7 +57,7 @@ def find_difference(source: Checkpoint, target: Checkpoint) -> str | None:
 
     for kind, other in pairs:
         if kind == other and ours[kind] == theirs[kind]:
-            continue  # the same bytes, to the same reader
+            continue  # the same bytes for the same reader
         pair = reading(source, kind), reading(target, other)
         if source.format != target.format and "gguf" in (source.format, target.format):
             across = kind != other and "sentencepiece" in (source.tokenizer_kind, target.tokenizer_kind)
@@ -73,7 +73,7 @@ def find_difference(source: Checkpoint, target: Checkpoint) -> str | None:
 
 
 def files_by_reader(checkpoint: Checkpoint) -> dict[str, tuple]:
-    """Return the contents of the files that each reader takes, `HUB`'s and `MODEL`'s."""
+    """Return the contents of the files of each reader, `HUB` and `MODEL`."""
     hub, model, found = checkpoint.hf_tokenizer, checkpoint.path / MODEL, {}
     if hub is not None and ((hub / "tokenizer.json").is_file() or checkpoint.tokenizer_kind != "tiktoken"):
         paths = [hub / name for name in HUB_FILES] + sorted((hub / "additional_chat_templates").glob("*.jinja"))
@@ -94,7 +94,7 @@ def read(checkpoint: Checkpoint, kind: str) -> Reading:
 
 
 def compare_alike(ours: Reading, theirs: Reading) -> str | None:
-    """Compare all that a reader sees of two tokenizers of its format."""
+    """Compare everything that one reader sees of two tokenizers."""
     return (
         compare_values("token", ours.tokens, theirs.tokens)
         or compare_values("flags of", ours.flags, theirs.flags)
@@ -106,10 +106,10 @@ def compare_alike(ours: Reading, theirs: Reading) -> str | None:
 
 
 def compare_ids(ours: Reading, theirs: Reading, without_special: bool = False) -> str | None:
-    """Compare what a GGUF file says as well: not all of a tokenizer's settings have a place there.
+    """Compare what GGUF has a place for, which not all settings have.
 
     Args:
-        without_special: whether texts with the names of special tokens are left out, which sentencepiece does not find.
+        without_special: leave out texts with names of special tokens, which sentencepiece does not find.
     """
     texts = hard_texts() + around(ours.special)
     if without_special:
@@ -121,7 +121,7 @@ def compare_ids(ours: Reading, theirs: Reading, without_special: bool = False) -
 def compare_across(ours: Reading, theirs: Reading, meta: Checkpoint) -> str | None:
     """Compare Meta's tokenizer.model with Hugging Face's files.
 
-    Where these lie beside it as well, they say what tokenizer.model cannot: flags, padding, what stands around a text.
+    If such files lie beside it, they say what tokenizer.model cannot: flags, padding, the tokens around a text.
     """
     if difference := compare_values("token", ours.tokens, theirs.tokens):
         return difference
@@ -131,7 +131,7 @@ def compare_across(ours: Reading, theirs: Reading, meta: Checkpoint) -> str | No
     else:
         texts += around(theirs.special)
     alone, pieces = meta.hf_tokenizer is None, meta.tokenizer_kind == "sentencepiece"
-    joined = alone and not pieces  # sentencepiece's own library leaves out what begins a text when it joins
+    joined = alone and not pieces  # sentencepiece's library leaves out the begin token when it decodes
     if difference := compare_texts(ours, theirs, texts, with_special=(False, True) if joined else (False,)):
         return difference
     if alone and pieces:
@@ -156,7 +156,7 @@ def compare_values(what: str, ours: dict, theirs: dict) -> str | None:
 
 
 def compare_texts(ours: Reading, theirs: Reading, texts: list[str], with_special: tuple[bool, ...]) -> str | None:
-    """Compare the ids of texts, and what these are joined to."""
+    """Compare the ids of texts, and the texts that the ids decode to."""
     for special in with_special:
         ids, other_ids = (reading.encode(texts, special) for reading in (ours, theirs))
         if difference := first_difference("ids of", texts, ids, other_ids):
@@ -170,7 +170,7 @@ def compare_texts(ours: Reading, theirs: Reading, texts: list[str], with_special
 
 
 def compare_batches(ours: Reading, theirs: Reading) -> str | None:
-    """Compare how texts of several lengths are padded and cut."""
+    """Compare how batches are padded and truncated."""
     if ours.batch is None or theirs.batch is None:
         return None
     texts = ["a", "a b c d e f g h i j", "", "b c"]
@@ -185,7 +185,7 @@ def first_difference(what: str, asked: list, ours: list, theirs: list) -> str | 
 
 
 def compare_dialogue(ours: Reading, theirs: Reading) -> str | None:
-    """Compare Meta's form of a dialogue with what this package's own chat template makes, as transformers runs it.
+    """Compare Meta's form of a dialogue with the text of this package's chat template, rendered as in transformers.
 
     (llama-models 0.3.0, models/llama3/chat_format.py, `encode_dialog_prompt`)
     """
@@ -204,7 +204,7 @@ def compare_dialogue(ours: Reading, theirs: Reading) -> str | None:
 
 
 def split_alike(ours, theirs, with_begin: bool) -> bool:
-    """Tell whether two `tokenizers.Tokenizer` have the same ids, and split, and join again, every hard text alike."""
+    """Tell whether two `tokenizers.Tokenizer` have the same ids, and encode and decode every hard text alike."""
     if ours.get_vocab(with_added_tokens=True) != theirs.get_vocab(with_added_tokens=True):
         return False
     texts = hard_texts() + [ours.id_to_token(index) for index in ours.get_added_tokens_decoder()]
@@ -217,12 +217,12 @@ def split_alike(ours, theirs, with_begin: bool) -> bool:
 
 
 def around(names: set[str]) -> list[str]:
-    """Put each added token into texts that show its flags: spaces beside it, letters beside it, another case."""
+    """Return texts that show an added token's flags: spaces beside it, letters beside it, another case."""
     return [text for name in sorted(names) for text in (name, f"a {name} b", f"a{name}b", f"a{name.upper()} b")]
 
 
 def runs_of_tokens(reading: Reading) -> list[str]:
-    """Join what stands for whole texts in the vocabulary, so that every merge is needed somewhere."""
+    """Return texts of the vocabulary's tokens in a row, so that every merge is needed somewhere."""
     plain = sorted(set(reading.tokens.values()) - {reading.tokens[name] for name in reading.special})
     joined = reading.decode([plain[start : start + RUN] for start in range(0, len(plain), RUN)], False)
     return [text.replace("\ufffd", "") for text in joined]

@@ -1,7 +1,7 @@
-"""Tokenizers as their own readers read them, each from its files alone: what the proof of a conversion compares.
+"""Independent readers of tokenizers, each from its files alone, for the proof of a conversion.
 
-Nothing here shares code with what makes those files, or a mistake would stand on both sides and be found equal. Of the
-package's facts Meta's pattern is taken, and which special tokens the checkpoint has.
+They share no code with what writes those files: a mistake would be on both sides, and be found equal. Only Meta's
+pattern and the checkpoint's special tokens are taken from the package.
 """
 
 import base64
@@ -19,7 +19,7 @@ from hf_llama3.files.reading import read_file, read_text
 from .bpe import PATTERN
 
 FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
-# What tokenizer_config.json says of a tokenizer's behaviour -> what transformers 5.23 takes where it does not say
+# Keys of tokenizer_config.json that change behaviour -> the default of transformers 5.23
 SETTINGS = {
     **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")),
     "padding_side": "right",
@@ -30,35 +30,35 @@ SETTINGS = {
     "add_prefix_space": None,
     "model_input_names": None,
 }
-# Without tokenizer.json these decide as well, which otherwise stand in its post_processor.
+# Keys that count without tokenizer.json, whose post_processor otherwise decides.
 BEGIN_AND_END = ("add_bos_token", "add_eos_token")
-SAME_CLASS = {"PreTrainedTokenizer": "TokenizersBackend"}  # once the ending Fast is off
+SAME_CLASS = {"PreTrainedTokenizer": "TokenizersBackend"}  # without the ending Fast
 
 
 @dataclass(eq=False)
 class Reading:
-    """Hold what can be asked of a tokenizer; texts and ids are asked by the batch."""
+    """A tokenizer as its reader sees it; texts and ids are given in batches."""
 
     path: Path  # the file that it was read from
-    tokens: dict[str, int]  # every token as it is spelled in tokenizer.json -> id
-    encode: Callable[[list[str], bool], list[list[int]]]  # whether with the tokens that stand around every text
-    decode: Callable[[list[list[int]], bool], list[str]]  # whether special tokens are left out
+    tokens: dict[str, int]  # every token, as tokenizer.json spells it -> id
+    encode: Callable[[list[str], bool], list[list[int]]]  # with the tokens around every text, or without
+    decode: Callable[[list[list[int]], bool], list[str]]  # without special tokens, or with them
     flags: dict[str, tuple] = field(default_factory=dict)  # of added tokens
-    special: set[str] = field(default_factory=set)  # tokens that are taken out of a text by their names
+    special: set[str] = field(default_factory=set)  # tokens that are found in a text by their names
     settings: dict = field(default_factory=dict)
     templates: dict[str, str] = field(default_factory=dict)
-    batch: Callable[[list[str], int], list[list[int]]] | None = None  # cut to a length and padded
-    shows_special: bool = True  # whether special tokens that are not left out are spelled in a text
+    batch: Callable[[list[str], int], list[list[int]]] | None = None  # truncated and padded
+    shows_special: bool = True  # whether decoding spells special tokens
 
 
 def read_ranks_as_meta(path: Path, names: list[str], begin: int | None) -> Reading:
     """Read a tokenizer.model of Llama 3 as Meta's code does (llama-models 0.3.0, models/llama3/tokenizer.py).
 
-    A token's rank is its id. The special tokens follow after as many ids as there are different tokens. Each piece that
-    the pattern cuts from a text is a token, or its bytes are joined, those first that make the token of lowest rank.
+    A token's rank is its id. The special tokens follow, after as many ids as there are different tokens. A piece that
+    the pattern finds is a token, or its bytes are merged, lowest rank first.
 
     Args:
-        begin: the id before a text, if it is a special token's.
+        begin: the id before a text, if any.
     """
     with library_errors(f"{path} is no tokenizer.model of Llama 3", "download it again"):
         lines = [line.split() for line in read_file(path).split(b"\n") if line.strip()]
@@ -68,7 +68,7 @@ def read_ranks_as_meta(path: Path, names: list[str], begin: int | None) -> Readi
     content = {rank: token for token, rank in ranks.items()}
     content |= {token_id: name.encode() for name, token_id in special.items()}
     cut = pattern_cutter()
-    join = functools.cache(functools.partial(join_bytes, ranks=ranks))  # the same pieces come back in text after text
+    join = functools.cache(functools.partial(join_bytes, ranks=ranks))  # pieces repeat from text to text
     around = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
 
     def encode_one(text: str, with_special: bool) -> list[int]:
@@ -95,7 +95,7 @@ def read_ranks_as_meta(path: Path, names: list[str], begin: int | None) -> Readi
 
 
 def pattern_cutter() -> Callable[[str], list[str]]:
-    """Return a function that cuts a text into the pieces which Meta's pattern finds one after another."""
+    """Return a function that splits a text by Meta's pattern."""
     from tokenizers import Regex, pre_tokenizers
 
     cutter = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
@@ -103,7 +103,7 @@ def pattern_cutter() -> Callable[[str], list[str]]:
 
 
 def join_bytes(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """Return the ids of a piece."""
+    """Return the ids of a piece, by merging its bytes."""
     if piece in ranks:
         return [ranks[piece]]
     parts, unknown = [piece[index : index + 1] for index in range(len(piece))], len(ranks)
@@ -112,13 +112,13 @@ def join_bytes(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
         where = joined.index(lowest)
         parts[where : where + 2] = [parts[where] + parts[where + 1]]
         del joined[where]
-        for pair in range(max(where - 1, 0), min(where + 1, len(joined))):  # the two beside it
+        for pair in range(max(where - 1, 0), min(where + 1, len(joined))):  # its two neighbours
             joined[pair] = ranks.get(parts[pair] + parts[pair + 1], unknown)
     return [ranks[part] for part in parts]
 
 
 def spell_bytes() -> dict[int, str]:
-    """Return the character that stands for each byte in tokenizer.json: its own where it is one that can be seen."""
+    """Return the character for each byte in tokenizer.json: its own if that is visible."""
     seen = {byte: chr(byte) for byte in range(256) if 32 < byte < 127 or (160 < byte < 256 and byte != 173)}
     unseen = [byte for byte in range(256) if byte not in seen]
     return seen | {byte: chr(256 + place) for place, byte in enumerate(unseen)}
@@ -128,10 +128,10 @@ BYTE_SPELLING = spell_bytes()
 
 
 def read_sentencepiece_model(path: Path) -> Reading:
-    """Read a sentencepiece model by its own library.
+    """Read a sentencepiece model by sentencepiece's library.
 
     Raises:
-        UserError: that is missing, or the file is no such model.
+        UserError: the library is missing, or the file is damaged.
     """
     try:
         from sentencepiece import SentencePieceProcessor
@@ -158,7 +158,7 @@ def read_hub_files(folder: Path) -> Reading:
     """Read the files of a Hugging Face folder as transformers' AutoTokenizer does (5.23, `_from_pretrained`).
 
     Raises:
-        UserError: one is damaged, or they are of a kind that only transformers reads.
+        UserError: one is damaged, or only transformers itself reads this kind.
     """
     config = read_if_there(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
@@ -193,7 +193,7 @@ def load_fast(path: Path):
 
 
 def load_vocabulary(path: Path, config: dict):
-    """Build a tokenizer of vocab.json and merges.txt, as GPT-2's were kept."""
+    """Build a tokenizer from vocab.json and merges.txt, the files of GPT-2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     with library_errors(f"{path} is no readable vocabulary", "write it again"):
@@ -204,7 +204,7 @@ def load_vocabulary(path: Path, config: dict):
 
 
 def forget_last_batch(tokenizer) -> dict:
-    """Let a tokenizer cut and pad nothing, whatever it was last asked; return what transformers takes from that."""
+    """Switch a tokenizer's truncation and padding off; return the settings that transformers takes from them."""
     padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -214,7 +214,7 @@ def forget_last_batch(tokenizer) -> dict:
 
 
 def ask(tokenizer, path: Path, tokens: dict[str, dict], settings: dict) -> Reading:
-    """Make the reading of a `tokenizers.Tokenizer`, which gets the tokens that it lacks."""
+    """Return the reading of a `tokenizers.Tokenizer`, after adding the tokens that it lacks."""
     from tokenizers import AddedToken
 
     there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -248,7 +248,7 @@ def ask(tokenizer, path: Path, tokens: dict[str, dict], settings: dict) -> Readi
 
 
 def named_tokens(config: dict, added: dict[str, int]) -> dict[str, dict]:
-    """Return the flags of the tokens that tokenizer_config.json and added_tokens.json name, by their ids."""
+    """Return the flags of the tokens in tokenizer_config.json and added_tokens.json, by id."""
     listed = config.get("added_tokens_decoder") or {}
     tokens = [token for _, token in sorted(listed.items(), key=lambda entry: int(entry[0]))]
     tokens = tokens or [{"content": name} for name in sorted(added, key=added.get)]
@@ -269,7 +269,7 @@ def name_of(token) -> str:
 
 
 def read_settings(config: dict, asked: dict, has_fast: bool) -> dict:
-    """Return what a tokenizer is set to, by its key, as far as it acts."""
+    """Return a tokenizer's settings that have an effect, by key."""
     settings = SETTINGS | asked | {key: config[key] for key in SETTINGS if config.get(key) is not None}
     settings |= {key: name_of(value) for key, value in settings.items() if key.endswith("_token") and value}
     settings["extra_special_tokens"] = [name_of(token) for token in extra_tokens(config)]
@@ -280,7 +280,7 @@ def read_settings(config: dict, asked: dict, has_fast: bool) -> dict:
 
 
 def read_templates(folder: Path, config: dict) -> dict[str, str]:
-    """Return every chat template by its name; files come before what stands in tokenizer_config.json."""
+    """Return every chat template by its name; files come before tokenizer_config.json."""
     found = {path.name[: -len(".jinja")]: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
     if (folder / "chat_template.jinja").is_file():
         found["default"] = folder / "chat_template.jinja"

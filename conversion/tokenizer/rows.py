@@ -1,4 +1,4 @@
-"""Whether every id of a tokenizer has a row in the embedding: one that has none ends a run in an error."""
+"""Check that every id of a tokenizer has a row in the embedding; one without a row would end a run in an error."""
 
 from pathlib import Path
 
@@ -10,17 +10,17 @@ from .bounds import read_tokenizer_file
 
 
 def require_rows(checkpoint: Checkpoint):
-    """Raise unless every token of a Hugging Face tokenizer has a row.
+    """Check that every token of a Hugging Face tokenizer has a row.
 
     Raises:
-        UserError: naming those that have none, and what gives them rows.
+        UserError: some have none; the sentence names them, and the command that adds rows.
     """
     if reason := tokens_without_rows(checkpoint):
         raise UserError(f"{reason}; give them rows: {resize(checkpoint)}")
 
 
 def tokens_without_rows(checkpoint: Checkpoint) -> str | None:
-    """Say which tokens have no row; None where each has one, or no Hugging Face tokenizer is there."""
+    """Return a sentence about tokens without a row; None if there are none, or no Hugging Face tokenizer."""
     folder, rows = checkpoint.hf_tokenizer, checkpoint.config["vocab_size"]
     tokens = read_tokens(folder) if folder is not None else {}
     homeless = sorted((index, name) for name, index in tokens.items() if index >= rows)
@@ -31,7 +31,7 @@ def tokens_without_rows(checkpoint: Checkpoint) -> str | None:
 
 
 def resize(checkpoint: Checkpoint) -> str:
-    """Return the command that makes a folder with as many rows as there are ids."""
+    """Return the command that makes a folder with a row for every id."""
     size, path = max(read_tokens(checkpoint.hf_tokenizer).values()) + 1, checkpoint.path
     return (
         'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '

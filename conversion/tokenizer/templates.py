@@ -1,4 +1,4 @@
-"""The chat templates of a folder: Llama 3's own, and every named one wherever a version of transformers keeps it."""
+"""Chat templates: Llama 3's own, and every named one of a folder, in all the places that transformers knows."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def read_chat_templates(folder: Path) -> dict[str, str]:
     """Read every chat template by its name; files come before tokenizer_config.json, as in transformers 5.23.
 
     Raises:
-        UserError: one is no text.
+        UserError: one is not a text.
     """
     files = {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
     if (folder / TEMPLATE_FILE).is_file():
@@ -30,5 +30,5 @@ def read_chat_templates(folder: Path) -> dict[str, str]:
 
 
 def llama3_chat_template() -> str:
-    """Return the Jinja template that makes, token by token, what Meta's `ChatFormat` makes of a dialogue."""
+    """Return the Jinja template whose prompts equal those of Meta's `ChatFormat`, token by token."""
     return (Path(__file__).parent / "llama3.jinja").read_text("utf-8")
