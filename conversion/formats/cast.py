@@ -1,4 +1,4 @@
-"""Another type for the elements, on request: the one thing that a conversion computes."""
+"""Cast elements to another type, on request: the only arithmetic of a conversion."""
 
 import math
 import threading
@@ -9,7 +9,7 @@ from hf_llama3.errors import UserError
 
 from .storage import Dtype
 
-AT_A_TIME = 2**17  # elements: their errors, in float64, fit a processor's cache
+AT_A_TIME = 2**17  # elements, whose errors in float64 fit a processor's cache
 
 
 class Cast:
@@ -24,7 +24,7 @@ class Cast:
         self.lock = threading.Lock()
 
     def __call__(self, block: np.ndarray, stored: Dtype) -> np.ndarray:
-        """Take and return elements as unsigned integers of their width.
+        """Cast elements, given and returned as unsigned integers of their width.
 
         Raises:
             UserError: a finite number has no finite form in the new type.
@@ -37,7 +37,7 @@ class Cast:
 
     def _round(self, block: np.ndarray, stored: Dtype) -> np.ndarray:
         torch = self.torch
-        signed = np.array(block).view(f"<i{stored.itemsize}")  # torch lacks unsigned types, and wants memory of its own
+        signed = np.array(block).view(f"<i{stored.itemsize}")  # torch lacks unsigned types, and needs writable memory
         before = torch.from_numpy(signed).view(getattr(torch, stored.name))
         after = before.to(getattr(torch, self.to.name))
         error = (after.double() - before.double()).abs().nan_to_num(nan=0.0, posinf=math.inf).max().item()

@@ -1,4 +1,4 @@
-"""A Hugging Face folder, opened with its index and every header checked."""
+"""Open a Hugging Face folder, and check its index and every header."""
 
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -83,7 +83,7 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
 
 
 def find_weights(folder: Path, inferred: list[str]) -> dict[str, StoredTensor]:
-    """List the tensors of a Hugging Face folder by name: its safetensors, or else what torch left in it.
+    """List the tensors of a Hugging Face folder by name, from safetensors or else from torch's files.
 
     Raises:
         UserError: there are none, or index and files disagree.
@@ -105,9 +105,9 @@ def find_weights(folder: Path, inferred: list[str]) -> dict[str, StoredTensor]:
 
 
 def check_adapter(folder: Path, inferred: list[str]):
-    """Raise where an adapter lies beside a model: `from_pretrained` would add it, and a conversion would not.
+    """Refuse an adapter beside a model: `from_pretrained` would add it, and a conversion would not.
 
-    torchtune leaves one beside weights in which it is merged already.
+    The exception is torchtune's, which leaves one beside weights that it is merged into already.
     """
     if any((folder / name).exists() for name in (SINGLE, INDEX, BIN, BIN_INDEX)):
         alone = f"to take the model alone, move {ADAPTER} elsewhere"
@@ -120,7 +120,7 @@ def refuse_adapter(folder: Path):
 
 
 def merge(folder: Path) -> str:
-    """Return the command that makes a model of an adapter."""
+    """Return the command that merges an adapter into its model."""
     return (
         'python -c "from peft import AutoPeftModelForCausalLM as M; '
         f"model = M.from_pretrained('{folder}').merge_and_unload(); model.save_pretrained('{folder}-merged')\""
@@ -152,8 +152,8 @@ def read_sharded(folder: Path, index: str, read: Callable[[Path], dict[str, Stor
 
 
 def may_be_absent(name: str) -> bool:
-    """Tell whether an index may list a tensor that its file lacks: a tied head, which stands once, or what is not read.
+    """Tell whether an index may list a tensor that its file lacks: a tied head, or a tensor that is not read.
 
-    Where the head is not tied, the comparison with the table misses it.
+    If the head is not tied, the comparison with the table reports it as missing.
     """
     return name.endswith(OUTPUT.hf) or is_rope_table(name)

@@ -1,6 +1,6 @@
-"""A directory of Meta's: recognised and opened, with any number of model-parallel shards.
+"""Open a directory of Meta's, with any number of model-parallel shards.
 
-What lies in one: `params.json`, a `consolidated.NN.pth` for each shard, `tokenizer.model`, `checklist.chk`. Copies on
+It holds `params.json`, a `consolidated.NN.pth` for each shard, `tokenizer.model`, `checklist.chk`. Copies on
 the Hub have shards as folders of parts, or as safetensors; some people rename a single shard, and torchtune writes
 `meta_model_0.pt`.
 """
@@ -146,7 +146,7 @@ def read_shards(folder: Path, inferred: list[str]) -> dict[str, list[StoredTenso
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """List the shards of a Meta directory, files or folders of parts, in their order; none if none is named as one."""
+    """List the shards of a Meta directory in order: files or folders of parts; empty if none has a shard's name."""
     found = {}
     for path in sorted(folder.iterdir()):
         is_shard = path.is_dir() or (path.is_file() and path.suffix in (".pth", ".safetensors"))
@@ -162,7 +162,7 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def read_shard(path: Path) -> dict[str, StoredTensor]:
-    """List the tensors of a shard, which may be a folder of parts with some of them each."""
+    """List the tensors of a shard, which may be a folder of parts."""
     if not path.is_dir():
         return read_pth(path) if path.suffix == ".pth" else read_safetensors(path)
     parts = sorted(part for part in path.iterdir() if part.suffix in (".pth", ".safetensors") and part.is_file())
@@ -178,7 +178,7 @@ def read_shard(path: Path) -> dict[str, StoredTensor]:
 
 
 def count_tokens(shards: list[StoredTensor] | None, dim: int, folder: Path) -> int:
-    """Return the rows of the embedding, whether shards divide those or the columns."""
+    """Return the number of the embedding's rows; shards may divide rows or columns."""
     if not shards:
         raise UserError(f"{folder} lacks 1 tensor: {EMBEDDING.meta!r}")
     shapes = {tensor.shape for tensor in shards}
@@ -193,7 +193,7 @@ def count_tokens(shards: list[StoredTensor] | None, dim: int, folder: Path) -> i
 
 
 def embedding_split(shards: list[StoredTensor], dim: int, version: str) -> int:
-    """Return the dimension along which shards divide the embedding; a single shard does not show it."""
+    """Return the dimension along which shards divide the embedding; for a single shard the version decides."""
     if len(shards) == 1:
         return 1 if version == "2" else 0
     return 0 if shards[0].shape[1] == dim else 1
@@ -202,13 +202,13 @@ def embedding_split(shards: list[StoredTensor], dim: int, version: str) -> int:
 def fold_repeated_heads(
     table: list[Row], shards: dict[str, list[StoredTensor]], config: dict, true_count: int | None
 ) -> list[tuple[StoredTensor, StoredTensor]]:
-    """Take one of the copies where every shard has a key/value head of its own but there are fewer heads than shards.
+    """Keep one copy of each key/value head where there are fewer heads than shards and every shard holds one.
 
-    Meta stores the 8 heads of the 405B so, for 16 shards. The first layer decides; the others are compared when a
-    conversion reads them. Changes `shards` and `config` and returns what was taken with what was left out for it.
+    Meta stores the 405B so: 8 heads in 16 shards. The first layer decides; the others are compared when a conversion
+    reads them. Changes `shards` and `config`, and returns pairs of what is used and what is left out.
 
     Args:
-        true_count: how many heads there are, where the sidecar says it; otherwise equal heads are taken for copies.
+        true_count: the number of heads, if the sidecar says it; otherwise equal heads count as copies.
     """
     names = [row.hf for row in table if "key_value" in row.shape]
     first_layer, stored = names[:2], config["num_key_value_heads"]
@@ -234,7 +234,7 @@ def fold_repeated_heads(
 
 
 def first_special_id(tokenizer: Path, names: list[str], vocab_size: int, inferred: list[str]) -> int:
-    """Return the id after the last rank, having checked that ranks and special tokens fit the embedding."""
+    """Return the id after the last rank, and check that ranks and special tokens fit the embedding."""
     count = len(read_ranks(tokenizer))
     total = count + len(names)
     if total > vocab_size:
@@ -246,11 +246,11 @@ def first_special_id(tokenizer: Path, names: list[str], vocab_size: int, inferre
 
 
 def forget_dialogue(sidecar: dict) -> dict:
-    """Leave out of the sidecar what follows from whether a model was tuned for dialogue."""
+    """Remove from the sidecar what depends on whether a model was tuned for dialogue."""
     return forget_token_ids(sidecar) | {"chat_template": None}
 
 
 def forget_token_ids(sidecar: dict) -> dict:
-    """Leave out of the sidecar the ids of another tokenizer, the settings of generation among them."""
+    """Remove from the sidecar the ids of another tokenizer, and the generation settings that use them."""
     config = {key: value for key, value in sidecar["config"].items() if key not in TOKEN_IDS}
     return {key: value for key, value in sidecar.items() if key != "generation_config"} | {"config": config}

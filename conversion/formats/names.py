@@ -1,4 +1,4 @@
-"""Names of tensors as other tools leave them, brought to those of one of the two formats."""
+"""Bring names of tensors as other tools leave them to one of the two formats' names."""
 
 from typing import NamedTuple, TypeVar
 
@@ -8,27 +8,27 @@ from ..weights import EMBEDDING, HEAD_MODULES
 
 Tensor = TypeVar("Tensor")
 
-# What torch.compile, DistributedDataParallel, FSDP and activation checkpointing put into the names of what they wrap.
+# Parts of names that torch.compile, DistributedDataParallel, FSDP and activation checkpointing add.
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# What some files carry beside the weights; the configuration says it all, and it is not read.
+# Tables of RoPE that some files hold; they follow from the configuration, and are not read.
 ROPE_TABLES = {"inv_freq", "original_inv_freq", "cos_cached", "sin_cached"}  # Hugging Face's
 ROPE_TABLES |= {"freqs", "freqs_cis", "freqs_cos", "freqs_sin"}  # Meta's, torchtitan's, llama2.c's
 ADAPTERS = {"lora_A", "lora_B", "lora_a", "lora_b", "base_layer", "modules_to_save"}
-BASE = "model."  # what stands before every name of Hugging Face's but those of the head
+BASE = "model."  # before every name of Hugging Face's but the head's
 
 
 class Settled(NamedTuple):
-    """Tensors under the names of one format, which that is, and what was done, in sentences."""
+    """Tensors under the names of one format, and what was changed."""
 
     tensors: dict
-    order: str  # "hf" or "meta": whose names they are, and so the order of the query and key rows
+    order: str  # "hf" or "meta": the names, and so the order of query and key rows
     said: list[str]
 
 
 def settle(tensors: dict[str, Tensor], path) -> Settled:
-    """Take off tables of RoPE, wrappers' names and any prefix that stands before the embedding's name.
+    """Remove tables of RoPE, wrappers' names, and any prefix of the embedding's name.
 
-    Names that do not show an embedding stay as they are, for the comparison with the table to name them.
+    Names without an embedding among them are left, so that the comparison with the table reports them.
 
     Raises:
         UserError: two names become one, or adapters stand among the weights.
@@ -68,9 +68,9 @@ def without_wrappers(name: str) -> str:
 
 
 def rename(name: str, prefix: str, base: str) -> str:
-    """Put `base` in place of the embedding's prefix; of a name beside it, such as the head's, take off what they share.
+    """Replace the embedding's prefix by `base`; from other names, such as the head's, remove the shared part of it.
 
-    `base_model.model.model.` stands before the layers and `base_model.model.` before the head, as PEFT leaves it.
+    PEFT, for example, leaves `base_model.model.model.` before layers, and `base_model.model.` before the head.
     """
     if name.startswith(prefix) and not (prefix == "" and name.split(".")[0] in HEAD_MODULES):
         return base + name.removeprefix(prefix)

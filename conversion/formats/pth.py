@@ -1,7 +1,7 @@
-"""PyTorch's checkpoint file: read as data, laid out to the byte before a tensor is written.
+"""PyTorch's checkpoint file: read as data, or laid out to the byte before a tensor is written.
 
 A `.pth` file is a zip of uncompressed members: `NAME/data.pkl`, a pickle that names the tensors, and a `NAME/data/KEY`
-for each storage. Reading gives where each tensor's bytes lie; no pickle is run, see `unpickle.py` and `zip.py`.
+for each storage. Reading locates each tensor's bytes; no pickle is run, see `unpickle.py` and `zip.py`.
 """
 
 import io
@@ -45,10 +45,10 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_parts(paths: list[Path]) -> dict[str, StoredTensor]:
-    """List the tensors of several files, each of which holds some of a model's.
+    """List the tensors of several files that together hold a model.
 
     Raises:
-        UserError: two hold the same one.
+        UserError: two files hold the same tensor.
     """
     tensors = {}
     for path in paths:
@@ -152,14 +152,14 @@ def tensors_of(state, path: Path) -> dict[str, Tensor]:
 
 
 def place(tensor: Tensor, storages: dict[str, tuple[int, int]], source: SourceFile, name: str) -> StoredTensor:
-    """Say where a tensor lies, having checked that it lies within its storage."""
+    """Locate a tensor, and check that it is within its storage."""
     dtype, shape, strides = BY_STORAGE[tensor.kind.name], tensor.shape, tensor.strides
     path, label, key = source.path, shown(name), tensor.storage.key
     if key not in storages:
         raise UserError(f"{path} names the storage {quoted(key)} of {label} but does not hold it; download it again")
     start, size = storages[key]
     reach = tensor.first + sum((length - 1) * step for length, step in zip(shape, strides, strict=True)) + 1
-    # The product, too: a stride of 0 reaches nowhere
+    # The product as well: with a stride of 0 no index reaches far
     needed = max(reach, math.prod(shape)) * dtype.itemsize
     if min(tensor.first, *shape, *strides, 0) < 0 or needed > size:
         rule = f"must fit its storage of {size} bytes"
@@ -196,15 +196,15 @@ class Window(io.RawIOBase):
 
 
 class PthLayout:
-    """Fix where every byte of a `.pth` file goes, before any tensor is at hand.
+    """The place of every byte of a `.pth` file.
 
     Args:
-        stem: the file's name without suffix, which torch puts before every member's.
+        stem: the file's name without suffix, with which torch prefixes every member.
         tensors: (name, dtype, shape), in order.
-        bare: whether the file holds its one tensor, and not a dictionary.
+        bare: whether the file holds a single tensor instead of a dictionary.
     """
 
-    needs_checksums = True  # the CRC-32 of every tensor stands in the headers
+    needs_checksums = True  # the headers contain the CRC-32 of every tensor
 
     def __init__(self, stem: str, tensors: list[tuple[str, Dtype, tuple[int, ...]]], bare: bool = False):
         sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in tensors]
@@ -212,7 +212,7 @@ class PthLayout:
         members += [(f"{stem}/data/{key}", size) for key, size in enumerate(sizes)]
         members += [(f"{stem}/byteorder", 6), (f"{stem}/version", 2)]
         self._known = {0: pickled, len(members) - 2: b"little", len(members) - 1: b"3\n"}
-        self._members = []  # (name, size, where its header begins, where its bytes begin)
+        self._members = []  # (name, size, offset of its header, offset of its bytes)
         end = 0
         for name, size in members:
             start = end
@@ -224,7 +224,7 @@ class PthLayout:
         self.size = end + len(self._directory([0] * len(members)))
 
     def fixed(self, checksums: list[int]) -> list[tuple[int, bytes]]:
-        """Return all that is not a tensor as (offset, bytes), given the CRC-32 of every tensor's bytes."""
+        """Return all other bytes as (offset, bytes), given the CRC-32 of every tensor."""
         checksums = [zlib.crc32(self._known[0]), *checksums, zlib.crc32(b"little"), zlib.crc32(b"3\n")]
         pieces = [(self._members[index][3], content) for index, content in self._known.items()]
         for (name, size, start, data), checksum in zip(self._members, checksums, strict=True):
@@ -238,7 +238,7 @@ class PthLayout:
             for (name, size, start, _), checksum in zip(self._members, checksums, strict=True)
         )
         count, length, start = len(self._members), len(entries), self._end_of_members
-        # The 64-bit records stand in every file, as torch writes them: a reader takes them where the others overflow.
+        # Every file has the 64-bit records, as from torch; a reader uses them where the others overflow.
         wide = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, length, start)
         locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, start + length, 1)
         capped = [min(count, 0xFFFF)] * 2 + [min(length, MAX_32), min(start, MAX_32)]
@@ -246,7 +246,7 @@ class PthLayout:
 
 
 def local_header(name: str, size: int, checksum: int = 0, padding: int = 0) -> bytes:
-    """Return a zip member's own header; sizes of 4 GiB and more stand in an extra field, as does the padding."""
+    """Return a zip member's local header; sizes from 4 GiB on, and the padding, are in an extra field."""
     extra = struct.pack("<2H2Q", 1, 16, size, size) if size >= MAX_32 else b""
     if padding:
         extra += struct.pack("<2sH", b"FB", padding - 4) + b"Z" * (padding - 4)
@@ -256,7 +256,7 @@ def local_header(name: str, size: int, checksum: int = 0, padding: int = 0) -> b
 
 
 def central_header(name: str, size: int, start: int, checksum: int) -> bytes:
-    """Return a zip member's entry in the directory at the end of the file."""
+    """Return a zip member's entry in the central directory."""
     wide = [size, size] if size >= MAX_32 else []
     wide += [start] if start >= MAX_32 else []
     extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
@@ -270,10 +270,10 @@ def central_header(name: str, size: int, start: int, checksum: int) -> bytes:
 
 
 def pickle_tensors(tensors, bare: bool = False) -> bytes:
-    """Write the pickle that `torch.load` turns into {name: tensor}, each tensor in a storage of its own.
+    """Return the pickle that `torch.load` reads as {name: tensor}, each tensor in a storage of its own.
 
     Args:
-        bare: whether it is turned into the one tensor that there is.
+        bare: whether it is a single tensor instead.
     """
     out = [pickle.PROTO, b"\x02"] + ([] if bare else [pickle.EMPTY_DICT, pickle.MARK])
     for key, (name, dtype, shape) in enumerate(tensors):

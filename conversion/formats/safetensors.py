@@ -1,6 +1,6 @@
-"""A safetensors file: its header read and checked, or laid out to the byte before a tensor is written.
+"""A safetensors file: read and check its header, or lay it out to the byte before a tensor is written.
 
-The file is an 8-byte length, a JSON header that says where each tensor's bytes lie, and the bytes.
+The file is an 8-byte length, a JSON header with the place of every tensor, and the tensors' bytes.
 """
 
 import json
@@ -56,7 +56,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """List the tensors of one file by name.
 
     Raises:
-        UserError: the header is damaged, or a tensor lies outside the file or in another's place.
+        UserError: the header is damaged, or a tensor lies outside of the file or overlaps another.
     """
     header, length, size = read_header(path)
     source, tensors, spans = SourceFile(path), {}, []
@@ -94,11 +94,11 @@ def read_entry(name: str, entry, path: Path):
 
 
 class SafetensorsLayout:
-    """Fix where every byte of a safetensors file goes, before any tensor is at hand.
+    """The place of every byte of a safetensors file.
 
     Args:
         tensors: (name, dtype, shape), in order.
-        align: what the first tensor's offset shall be a multiple of.
+        align: the first tensor begins at a multiple of this.
         metadata: texts for the header.
     """
 
@@ -117,5 +117,5 @@ class SafetensorsLayout:
         self.size = data + end
 
     def fixed(self, checksums: list[int]) -> list[tuple[int, bytes]]:
-        """Return all that is not a tensor as (offset, bytes)."""
+        """Return all other bytes as (offset, bytes)."""
         return [(0, self._header)]

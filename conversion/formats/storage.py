@@ -1,7 +1,7 @@
-"""Tensors on disk: where their bytes lie, in which type, and how they get from file to file.
+"""Tensors in files: where their bytes are, their types, and how they are moved from file to file.
 
-A conversion computes nothing: it moves elements. They are read through memory maps as unsigned integers of their width,
-so neither torch nor a copy of the model is needed; runs that need no rearranging are moved by the kernel.
+A conversion does not compute, it moves elements: unsigned integers of their width, so that neither torch nor a copy of
+the model is needed. Runs of bytes that need no rearranging are copied by the operating system.
 """
 
 import errno
@@ -18,14 +18,14 @@ import numpy as np
 
 from hf_llama3.errors import UserError
 
-MOST_READ_IN_VAIN = 4  # times what is wanted: columns of a shard lie between others
-BLOCK_BYTES = 16 * 2**20  # how much of a tensor is moved or rearranged at a time
+MOST_READ_IN_VAIN = 4  # read at most so many times what is wanted: columns of a shard lie between others
+BLOCK_BYTES = 16 * 2**20  # of a tensor that are moved or rearranged at a time
 
 
 class Dtype(NamedTuple):
     name: str  # torch's
     safetensors: str
-    storage: str  # torch's storage class, which stands in .pth files
+    storage: str  # torch's storage class, as .pth files name it
     itemsize: int  # bytes per element
 
     def bytes_of(self, shape: tuple[int, ...]) -> int:
@@ -44,7 +44,7 @@ BY_STORAGE = {dtype.storage: dtype for dtype in DTYPES}
 
 
 class Identity(NamedTuple):
-    """What tells a file from another in its place, and from what it was before it was written to."""
+    """What identifies a file and its state: another file, or a write to it, changes this."""
 
     device: int
     inode: int
@@ -53,7 +53,7 @@ class Identity(NamedTuple):
 
 
 def identity(path: Path) -> Identity | None:
-    """Return what stands under a name; None where nothing does."""
+    """Return the identity of the file under a name; None if there is none."""
     try:
         status = os.stat(path)
     except OSError:
@@ -63,7 +63,7 @@ def identity(path: Path) -> Identity | None:
 
 @dataclass(eq=False)
 class SourceFile:
-    """A file that tensors are read from: mapped for where they lie, and read, since a map of what shrinks is fatal."""
+    """A file of tensors. Its map only gives places; bytes are read by calls, since a map of a shrunk file is fatal."""
 
     path: Path
     planned: Identity | None = field(init=False, repr=False)
@@ -77,10 +77,10 @@ class SourceFile:
         return np.memmap(self.path, dtype=np.uint8, mode="r")
 
     def check_unchanged(self):
-        """Raise unless the file is still the one that was there before its list of tensors was read.
+        """Check that the file is the one whose list of tensors was read.
 
         Raises:
-            UserError: it is another, or was written to.
+            UserError: it was replaced or written to.
         """
         if (now := identity(self.path)) != self.planned or now is None:
             sizes = " and ".join(f"{one.size} bytes" if one else "nothing" for one in (self.planned, now))
@@ -107,7 +107,7 @@ class SourceFile:
         return content
 
     def take(self, view: np.ndarray) -> np.ndarray:
-        """Return the elements of a view of `bytes` in memory, contiguous; others than a view's are there already."""
+        """Read the elements of a view of `bytes` into contiguous memory; other arrays are in memory already."""
         if not np.may_share_memory(view, self.bytes):
             return np.ascontiguousarray(view)
         extent = sum((length - 1) * step for length, step in zip(view.shape, view.strides, strict=True)) + view.itemsize
@@ -121,17 +121,17 @@ class SourceFile:
 
 @dataclass(eq=False)
 class StoredTensor:
-    """Say where a tensor's elements lie in a file; nothing is read until `array` is."""
+    """Where a tensor's elements are in a file; nothing is read yet."""
 
     file: SourceFile
     dtype: Dtype
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file to the first element
-    strides: tuple[int, ...] | None = None  # elements from one index to the next; None: contiguous
+    strides: tuple[int, ...] | None = None  # strides in elements; None: contiguous
 
     @property
     def paths(self) -> list[Path]:
-        """The files that it lies in."""
+        """The files that hold it."""
         return [self.file.path]
 
     @property
@@ -140,12 +140,12 @@ class StoredTensor:
 
     @cached_property
     def array(self):
-        """The elements as unsigned integers of their width: a view of the file that cannot be written to."""
+        """The elements as unsigned integers of their width: a read-only view of the file."""
         strides = None if self.strides is None else [step * self.dtype.itemsize for step in self.strides]
         return np.ndarray(self.shape, f"<u{self.dtype.itemsize}", self.file.bytes, self.offset, strides)
 
     def read(self) -> bytes:
-        """Return the bytes of a small tensor, and have the disk read no more than these: a map reads on ahead."""
+        """Return the bytes of a small tensor, without the read-ahead of a map."""
         if not self.array.flags.c_contiguous:
             return self.array.tobytes()
         return bytes(self.file.read(self.offset, self.nbytes))
@@ -153,15 +153,15 @@ class StoredTensor:
 
 @dataclass(eq=False)
 class Part:
-    """A view of a stored tensor, cut or rearranged, on its way into another file."""
+    """A view of a stored tensor, cut or rearranged for another file."""
 
     file: SourceFile
     array: np.ndarray
 
     @property
     def is_run(self):
-        """Whether the elements lie in the file as they are wanted: one after another."""
-        is_mapped = isinstance(self.array, np.ndarray)  # and not gathered when it is read
+        """Whether the elements are contiguous in the file, in the wanted order."""
+        is_mapped = isinstance(self.array, np.ndarray)  # not gathered from pieces
         return is_mapped and self.array.flags.c_contiguous and np.may_share_memory(self.array, self.file.bytes)
 
     @property
@@ -171,7 +171,7 @@ class Part:
 
 @dataclass(eq=False)
 class Run:
-    """Bytes that lie one after another in a file."""
+    """Contiguous bytes of a file."""
 
     file: SourceFile
     offset: int
@@ -183,7 +183,7 @@ class Run:
 
 @dataclass(eq=False)
 class Assembly:
-    """A tensor to be written: parts laid end to end along an axis, cast to another type where that is wanted."""
+    """A tensor to be written: parts concatenated along an axis, and cast to another type if that is wanted."""
 
     stored: Dtype
     shape: tuple[int, ...]
@@ -200,9 +200,9 @@ class Assembly:
         return self.dtype.bytes_of(self.shape)
 
     def whole(self) -> np.ndarray:
-        """Return all elements as one array that may be written to.
+        """Return all elements as one writable array.
 
-        Where they lie in a file as they are wanted, it is a private view of that: nothing is read before it is used.
+        If they are contiguous in a file, it is a private view of that, and read when it is used.
         """
         if len(self.parts) == 1 and self.parts[0].is_run and not self.cast:
             part = self.parts[0]
@@ -216,7 +216,7 @@ class Assembly:
             yield self.cast(block, self.stored) if self.cast else block
 
     def pieces(self) -> Iterator[Run | np.ndarray]:
-        """Yield the elements from first to last: as runs of a file where they lie as wanted, else as blocks."""
+        """Yield the elements from first to last, as runs of a file where they are contiguous, else as blocks."""
         return self.blocks() if self.cast else self._stored_pieces()
 
     def _stored_pieces(self):
@@ -233,9 +233,9 @@ class Assembly:
                     yield part.file.take(part.array[rows])
 
     def write(self, out: BinaryIO, offset: int, progress: Callable[[int], None], with_checksum: bool) -> int:
-        """Write the elements into `out`, open for reading and writing and unbuffered, at `offset`.
+        """Write the elements into `out`, which is open for reading and writing and unbuffered, at `offset`.
 
-        `progress` is told of bytes when they are done. Returns the CRC-32 of what the file then holds, if it is wanted.
+        `progress` gets the number of bytes written. Returns the CRC-32 of the bytes in the file, if it is wanted.
         """
         checksum = 0
         for piece in self.pieces():
@@ -253,14 +253,14 @@ class Assembly:
 
 
 def to_floats(block: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """Read elements, given as unsigned integers of their width, as the numbers that they are."""
+    """Return elements, given as unsigned integers of their width, as numbers."""
     if dtype.name == "bfloat16":  # the upper half of a float32
         return (block.astype("<u4") << 16).view("<f4")
     return block.view(f"<f{dtype.itemsize}")
 
 
 def row_blocks(array: np.ndarray, width: int | None = None) -> list[slice]:
-    """Cut the first axis into slices of about `BLOCK_BYTES`; `width` is a row's bytes where `array` is part of it."""
+    """Yield slices of the first axis of about `BLOCK_BYTES`; `width` is the bytes of a whole row, if `array` is cut."""
     rows = array.shape[0]
     width = width or max(array.nbytes // max(rows, 1), 1)
     step = max(BLOCK_BYTES // width, 1)
@@ -268,7 +268,7 @@ def row_blocks(array: np.ndarray, width: int | None = None) -> list[slice]:
 
 
 def copy_run(run: Run, out: BinaryIO, offset: int):
-    """Move bytes from file to file in the kernel, or through memory where the kernel cannot."""
+    """Copy bytes from file to file in the kernel, or through memory where it cannot."""
     done = 0
     with open(run.file.path, "rb", buffering=0) as file:
         while done < run.nbytes:
@@ -276,7 +276,7 @@ def copy_run(run: Run, out: BinaryIO, offset: int):
                 moved = os.copy_file_range(
                     file.fileno(), out.fileno(), run.nbytes - done, run.offset + done, offset + done
                 )
-            except (AttributeError, OSError):  # another system, another file system; a full disk is met again below
+            except (AttributeError, OSError):  # another system or file system; a full disk is noticed again below
                 moved = 0
             if not moved:
                 write_all(out, run.read(done), offset + done)
@@ -285,7 +285,7 @@ def copy_run(run: Run, out: BinaryIO, offset: int):
 
 
 def write_all(out: BinaryIO, block, offset: int):
-    """Write a whole array at `offset`, however little the system takes at a time."""
+    """Write a whole array at `offset`, in as many calls as the system needs."""
     view = memoryview(block).cast("B")
     out.seek(offset)
     done = 0
@@ -294,7 +294,7 @@ def write_all(out: BinaryIO, block, offset: int):
 
 
 def read_back(out: BinaryIO, offset: int, count: int) -> bytes:
-    """Read what was just written, which the page cache still holds."""
+    """Read back what was just written, from the page cache."""
     out.seek(offset)
     content = out.read(count)
     while len(content) < count:

@@ -1,4 +1,4 @@
-"""The files of `torch.save` that hold a model's weights, found among those that training leaves beside them."""
+"""Find the files of `torch.save` that hold a model's weights, among those that training leaves beside them."""
 
 import re
 from collections.abc import Set
@@ -10,24 +10,24 @@ from hf_llama3.errors import UserError, shown
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SUFFIXES = (".pt", ".pth", ".bin")
-# The states of runs, and adapters; not the model's weights.
+# States of runs, and adapters: no weights of the model.
 OTHERS = ("optim*", "sched*", "rng_state*", "random_states*", "recipe_state*", "training_args*", "adapter*", "scaler*")
 TORCHTUNE = re.compile(r"(?P<stem>hf_model|meta_model)(?:_(?P<part>\d+))?_(?P<epoch>\d+)\.pt")
 NUMBERED = re.compile(r"(?P<stem>.+)[_-](?P<part>\d{1,9})-of-(?P<total>\d{1,9})(?:_(?P<epoch>\d{1,9}))?\.\w+")
 
 
 class Found(NamedTuple):
-    """What a file's name says."""
+    """The parts of a file's name."""
 
     path: Path
-    stem: str  # of all parts of a model
+    stem: str  # common to all parts of a model
     part: int
     total: int | None
     epoch: int | None
 
 
 def find_torch_files(folder: Path, remedy: str = "move the others elsewhere") -> list[Path]:
-    """List the parts of the one model in a folder that has no index; none where there is none.
+    """List the parts of the model in a folder without an index; an empty list if there is none.
 
     Raises:
         UserError: there are several models, or a part of one is missing.
@@ -55,7 +55,7 @@ def is_weights(path: Path) -> bool:
 
 
 def read_name(path: Path) -> Found:
-    """Take apart `hf_model_0001_0.pt` and `meta_model_0.pt` of torchtune and `NAME-00001-of-00002.bin`."""
+    """Parse torchtune's `hf_model_0001_0.pt` and `meta_model_0.pt`, and `NAME-00001-of-00002.bin`."""
     match = NUMBERED.fullmatch(path.name) or TORCHTUNE.fullmatch(path.name)
     if not match:
         return Found(path, path.stem, 1, None, None)

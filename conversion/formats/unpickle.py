@@ -1,8 +1,8 @@
-"""The pickle of a checkpoint, read as data: the few instructions that torch.save writes for tensors by their names.
+"""Read the pickle of a checkpoint as data: the few instructions that torch.save writes for a dictionary of tensors.
 
-No code is called, and every part of a stream is bounded before it is built: a value counts as many leaves as one that
-walks it would meet, so that nothing can hold itself or grow by being named twice. What is not in the tables below is
-refused by its name. Source of the instructions: Python 3.11, Lib/pickletools.py.
+No code is called, and everything is bounded before it is built: a value counts all leaves that a walk through it would
+meet, so that it cannot contain itself, or grow by references. Everything that is not in the tables below is refused by
+name. Source of the instructions: Python 3.11, Lib/pickletools.py.
 """
 
 import pickletools
@@ -14,7 +14,7 @@ from hf_llama3.errors import UserError, quoted, shown
 
 MAX_PICKLE_BYTES = 2 * 2**20  # the 405B's is 0.3 MB a shard
 MAX_DEPTH = 16  # a checkpoint of an optimiser has seven
-MAX_NAME = 200  # bytes, of a module or what is in it
+MAX_NAME = 200  # bytes in the name of a module or its member
 STRUCTS = {letter: struct.Struct(letter) for letter in ("<B", "<H", "<i", "<L", ">d")}
 TYPES = re.compile(r"[A-Z]\w{2,20}Storage|(b?float|u?int|complex|q?u?int)\d{1,3}(_\w{1,20})?|bool", re.ASCII)
 ORDERED_DICT = ("collections", "OrderedDict")
@@ -26,7 +26,7 @@ REBUILD = {
 
 
 class Global(NamedTuple):
-    """Name what a pickle would import."""
+    """A name that a pickle would import."""
 
     module: str
     name: str
@@ -59,27 +59,27 @@ class Tensor(NamedTuple):
 
 
 class Damaged(ValueError):
-    """Say what no pickle of tensors holds."""
+    """The pickle is not one of tensors, and why."""
 
 
 class Forbidden(ValueError):
-    """Name what a pickle asks to run."""
+    """The pickle asks to run something, and what."""
 
 
 class Read(NamedTuple):
-    """What a pickle describes: numbers, texts, tuples, lists and dictionaries, `Storage` and `Tensor`."""
+    """The value of a pickle: numbers, texts, tuples, lists, dictionaries, `Storage` and `Tensor`."""
 
     value: Any
-    end: int  # where the pickle ends
-    storages: dict[str, Storage]  # all that it names, by their keys
+    end: int  # offset of its end
+    storages: dict[str, Storage]  # all storages that it names, by their keys
 
 
 def read_pickle(content: bytes, start: int = 0) -> Read:
-    """Return what the pickle that begins at `start` describes.
+    """Return the value of the pickle that begins at `start`.
 
     Raises:
-        Damaged: it is more, or not whole.
-        Forbidden: it asks for anything that is not in the tables.
+        Damaged: it is too large, or not whole.
+        Forbidden: it names anything that is not in the tables.
     """
     machine = Machine(content, start)
     return Read(machine.run(), machine.at, machine.storages)
@@ -90,15 +90,15 @@ def forbidden(path, error: Forbidden) -> UserError:
 
 
 class Machine:
-    """Read one pickle; each method does what the instruction of its name in `INSTRUCTIONS` says."""
+    """Reads one pickle; `INSTRUCTIONS` maps each instruction to a method."""
 
-    own_instructions = {}  # of a machine that reads another kind of pickle, before those of `INSTRUCTIONS`
+    own_instructions = {}  # instructions of a subclass, before those of `INSTRUCTIONS`
 
     def __init__(self, content: bytes, start: int):
         self.content, self.at = content, start
         self.stack, self.marks, self.memo, self.storages = [], [], {}, {}
         self.measures = {}  # id of a tuple, list or dictionary -> (leaves, depth); absent: (1, 1)
-        self.placed = set()  # ids of lists and dictionaries that lie in another value, and change no more
+        self.placed = set()  # ids of lists and dictionaries inside of other values, which must not change any more
 
     def run(self):
         while True:
@@ -160,7 +160,7 @@ class Machine:
     # Values
 
     def grow(self, container, values):
-        """Count the leaves and the depth of a container to which values were added."""
+        """Update the leaves and the depth of a container after values were added."""
         leaves, depth = self.measures.get(id(container), (1, 1))
         for value in values:
             if type(value) in (tuple, list, dict):
@@ -280,7 +280,7 @@ def describe_tensor(arguments: tuple, with_type: bool) -> Tensor:
     raise Damaged("it describes a tensor otherwise than torch.save does")
 
 
-# All that torch.save writes for a dictionary of tensors, and of numbers and texts beside them
+# Everything that torch.save writes for a dictionary of tensors, numbers and texts
 INSTRUCTIONS = {
     b"\x80": Machine.proto,
     b"(": lambda self: self.marks.append(len(self.stack)),

@@ -1,4 +1,4 @@
-"""The file that `torch.save` wrote before version 1.6, and still does on request: pickles, then storages, and no zip.
+"""The format of `torch.save` before version 1.6, which it still writes on request: pickles and storages, no zip.
 
 Five pickles follow one another: a number that tells the format, its version, the machine, the tensors, and the keys of
 the storages; then, for each key, the count of its elements and the elements. Source: torch 2.13.0,
@@ -22,13 +22,13 @@ SIZES |= {name: dtype.itemsize for name, dtype in BY_STORAGE.items()}
 
 
 def is_unzipped(path: Path) -> bool:
-    """Tell such a file, or another pickle, from a zip by its first byte."""
+    """Tell such a file, or any pickle, from a zip by its first byte."""
     with open(path, "rb") as file:
         return file.read(1) == pickle.PROTO
 
 
 def read_unzipped(path: Path) -> tuple[Read, dict[str, tuple[int, int]]]:
-    """Return what the pickle of the tensors describes, and where each storage lies: {key: (offset, bytes)}.
+    """Return the value of the pickle of tensors, and the place of each storage: {key: (offset, bytes)}.
 
     Raises:
         UserError: it is another pickle, or damaged.
@@ -59,7 +59,7 @@ def read_unzipped(path: Path) -> tuple[Read, dict[str, tuple[int, int]]]:
 
 
 def read_pickles(start: bytes, path: Path) -> list[Read]:
-    """Read the five pickles that a file begins with.
+    """Read the five pickles at the beginning of a file.
 
     Raises:
         UserError: there are not five.

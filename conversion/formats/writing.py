@@ -1,4 +1,4 @@
-"""A planned file of tensors, written: the tensors side by side, then what makes it readable; or found whole."""
+"""Write a planned file of tensors, or recognise one that is finished."""
 
 import errno
 import os
@@ -12,11 +12,11 @@ from hf_llama3.files.atomic import finish
 
 from .storage import SourceFile, write_all
 
-WORKERS = 2  # one moves bytes while the other sums or rearranges
+WORKERS = 2  # threads: one moves bytes while the other hashes or rearranges
 
 
 def is_whole(path: Path, file) -> bool:
-    """Tell whether a file that an earlier run finished is, to the bit, what would be written."""
+    """Tell whether a file of an earlier run is what would be written, to the bit."""
     if not path.is_file() or path.stat().st_size != file.layout.size:
         return False
     written, checksums = SourceFile(path).bytes, []
@@ -53,7 +53,7 @@ def write_tensors(file, folder: Path, progress):
 
 
 def reserve(out, size: int):
-    """Take the room for a whole file, so that a full disk is met before the first tensor."""
+    """Reserve the space of a whole file, so that a full disk is noticed before the first tensor."""
     try:
         os.posix_fallocate(out.fileno(), 0, size)
     except (AttributeError, OSError) as error:

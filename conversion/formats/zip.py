@@ -1,8 +1,8 @@
-"""The zip around a checkpoint, read so that no other reader could take it for something else.
+"""Read the zip around a checkpoint, and refuse one that another reader could read differently.
 
-A zip says twice what it holds: before each member and in the directory at its end (PKWARE's APPNOTE.TXT, 4.3 and 4.4).
-Readers differ in which they believe, in which of two members of a name they take, and in what they do with what lies
-between: a file in which these do not agree to the byte is refused.
+A zip lists its contents twice: before each member, and in the directory at its end (PKWARE's APPNOTE.TXT, 4.3 and 4.4).
+Readers differ in which they believe, in which of two members of the same name they take, and in what they do with bytes
+in between. So a file in which these do not agree to the byte is refused.
 """
 
 import struct
@@ -18,8 +18,8 @@ WIDE_END = struct.Struct("<4sQ2H2L4Q")
 WIDE_LOCATOR = struct.Struct("<4sLQL")
 CENTRAL_HEADER = struct.Struct("<4s6H3L5H2L")
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-MAX_16, MAX_32 = 0xFFFF, 0xFFFFFFFF  # this much and more stands in a zip's 64-bit fields
-SIZES_AFTER, UTF8 = 0x8, 0x800  # flags: sizes stand after a member's bytes as well; names are UTF-8
+MAX_16, MAX_32 = 0xFFFF, 0xFFFFFFFF  # sizes from here on are in a zip's 64-bit fields
+SIZES_AFTER, UTF8 = 0x8, 0x800  # flags: sizes are repeated after a member's bytes; names are UTF-8
 STORED, DEFLATED = 0, 8
 IS_FOLDER = 0x10  # attribute: torch's reader takes nothing out of such a member, and says that all went well
 MAX_DIRECTORY_BYTES = 8 * 2**20  # eighty thousand members
@@ -29,21 +29,21 @@ MAX_INFLATED_BYTES = 2**20  # torch.save compresses nothing
 class Member(NamedTuple):
     name: str
     method: int  # STORED or DEFLATED
-    size: int  # bytes, of what is in it
-    packed: int  # bytes that it takes in the file
-    checksum: int  # CRC-32; 0 where it was not taken
-    start: int  # of its bytes in the file
+    size: int  # bytes of its content
+    packed: int  # bytes in the file
+    checksum: int  # CRC-32; 0 if it was not computed
+    start: int  # offset of its bytes in the file
 
 
 class Damaged(ValueError):
-    """Say what in a file is not as its format has it."""
+    """The file contradicts its format, and how."""
 
 
 def read_members(file: BinaryIO, path: Path, size: int) -> dict[str, Member]:
     """List the members of a zip by name.
 
     Raises:
-        UserError: it is none, or could be read in two ways.
+        UserError: it is no zip, or could be read in two ways.
     """
     try:
         return list_members(file, size)
@@ -77,7 +77,7 @@ def list_members(file: BinaryIO, size: int) -> dict[str, Member]:
 
 
 def find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
-    """Return how many members there are, and where the directory of them begins and how long it is."""
+    """Return the number of members, and the offset and size of the directory."""
     if size < END.size:
         raise Damaged("it is no zip file")
     end = size - END.size
@@ -112,7 +112,7 @@ def find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
 
 
 def read_entry(directory: bytes, at: int) -> tuple[Member, int, int, int]:
-    """Read an entry of the directory; returns the member, its flags, where its own header is, and where the next is."""
+    """Read an entry of the directory; return the member, its flags, and the offsets of its header and of the next."""
     fields = CENTRAL_HEADER.unpack_from(directory, at)
     signature, _, _, flags, method, _, _, checksum, packed, size, name_length, extra_length, comment_length = fields[
         :13
@@ -142,7 +142,7 @@ def read_name(encoded: bytes) -> str:
 
 
 def widen(extra: bytes, *numbers: int) -> list[int]:
-    """Return the numbers of a header, those that do not fit it from the field that holds 64 bits of each."""
+    """Return the numbers of a header, taking those that do not fit from its 64-bit field."""
     wide, at = None, 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)
@@ -160,7 +160,7 @@ def widen(extra: bytes, *numbers: int) -> list[int]:
 
 
 def check_local_header(file: BinaryIO, member: Member, flags: int, header: int, end: int) -> int:
-    """Return where a member's bytes begin, having compared the header before them with the directory's entry."""
+    """Return the offset of a member's bytes, and check its local header against the directory."""
     if header + LOCAL_HEADER.size > end:
         raise Damaged(f"{quoted(member.name)} begins beyond the file")
     fields = LOCAL_HEADER.unpack(read_at(file, header, LOCAL_HEADER.size))
@@ -180,7 +180,7 @@ def check_local_header(file: BinaryIO, member: Member, flags: int, header: int, 
 
 
 def read_member(file: BinaryIO, path: Path, member: Member, limit: int) -> bytes:
-    """Return what is in a small member.
+    """Return the content of a small member.
 
     Raises:
         UserError: it is larger than `limit`, or damaged.

@@ -1,8 +1,8 @@
 """Folders of torch.distributed.checkpoint, as FSDP, torchtitan and torchtune write them: read as data, and laid out.
 
-`.metadata` is a pickle that lists the tensors, the pieces of each, and where in which `__R_N.distcp` a piece lies, as a
-small file of `torch.save`. Sources: torch 2.13.0, torch/distributed/checkpoint/metadata.py and filesystem.py
-(`_write_item`, `_StorageInfo`).
+`.metadata` is a pickle that lists the tensors, their pieces, and the place of each piece in an `__R_N.distcp` file,
+where it is a small file of `torch.save`. Sources: torch 2.13.0, torch/distributed/checkpoint/metadata.py and
+filesystem.py (`_write_item`, `_StorageInfo`).
 """
 
 from .layout import DcpLayout, make_metadata

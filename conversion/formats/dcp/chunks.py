@@ -1,4 +1,4 @@
-"""A tensor that lies in pieces, in one file or in many: gathered a few rows at a time, and never whole."""
+"""A tensor stored in pieces, in one file or several: gathered a few rows at a time, never whole."""
 
 import math
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ import numpy as np
 
 from ..storage import Dtype, SourceFile, StoredTensor
 
-Band = tuple[int, int, list[np.ndarray]]  # first row, the row after the last, arrays to lay side by side
+Band = tuple[int, int, list[np.ndarray]]  # first row, the row after the last, arrays to concatenate by columns
 
 
 @dataclass(frozen=True, eq=False)
 class ChunkedArray:
-    """Do what is done with the array of a stored tensor, of one dimension or two.
+    """The array of a tensor in pieces, of one or two dimensions, with the operations of a stored tensor's array.
 
-    A tuple of slices cuts it and reads nothing; a slice or a list of rows gives their elements.
+    A tuple of slices cuts it without reading; a slice or a list of rows returns their elements.
     """
 
     bands: list[Band]
@@ -53,12 +53,12 @@ class ChunkedArray:
         return ChunkedArray(bands, (max(stop - start, 0), *width), self.dtype)
 
     def reshape(self, heads: int, *shape: int) -> "ByHead":
-        """Divide the rows among heads, of which there are as many as it gives."""
+        """Divide the rows among heads, whose number is inferred."""
         return ByHead(self, shape)
 
 
 def cut_columns(arrays: list[np.ndarray], columns: slice) -> list[np.ndarray]:
-    """Return the columns of arrays that stand side by side."""
+    """Return columns of arrays that are side by side."""
     start, stop, _ = columns.indices(sum(array.shape[1] for array in arrays))
     found, at = [], 0
     for array in arrays:
@@ -69,10 +69,10 @@ def cut_columns(arrays: list[np.ndarray], columns: slice) -> list[np.ndarray]:
 
 @dataclass(frozen=True, eq=False)
 class ByHead:
-    """The rows of a gathered array, head by head, in another order; a slice of heads gives their elements."""
+    """The rows of a gathered array by heads, reordered; a slice of heads returns their elements."""
 
     base: ChunkedArray
-    inner: tuple[int, ...]  # of a head, as it lies
+    inner: tuple[int, ...]  # of a head, as stored
     swapped: bool = False
 
     @property
@@ -98,7 +98,7 @@ class ByHead:
 
 @dataclass(eq=False)
 class ChunkedTensor:
-    """Say where the pieces of a tensor lie; what a `StoredTensor` does for one that lies in one place."""
+    """Where the pieces of a tensor are; the counterpart of `StoredTensor`."""
 
     dtype: Dtype
     shape: tuple[int, ...]
@@ -132,7 +132,7 @@ class ChunkedTensor:
 
 
 def lay_out(chunks: dict[tuple[int, ...], StoredTensor], shape: tuple[int, ...]):
-    """Arrange pieces, given by where they begin, as bands of rows; None unless they tile the shape."""
+    """Arrange pieces, given by their first indices, in bands of rows; None unless they tile the shape."""
     columns = shape[1] if len(shape) == 2 else 1
     bands = {}
     for start, piece in sorted(chunks.items()):

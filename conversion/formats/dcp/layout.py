@@ -1,4 +1,4 @@
-"""The files of a folder of torch.distributed.checkpoint, laid out to the byte before a tensor is written."""
+"""Lay out a folder of torch.distributed.checkpoint to the byte before a tensor is written."""
 
 import pickle
 from itertools import accumulate
@@ -8,7 +8,7 @@ from ..storage import Dtype
 
 
 class DcpLayout:
-    """Fix where every byte of a `.distcp` file goes, before any tensor is at hand: a file of torch's for each.
+    """The place of every byte of a `.distcp` file, which holds a file of `torch.save` for each tensor.
 
     Args:
         tensors: (name, dtype, shape), in order.
@@ -19,7 +19,7 @@ class DcpLayout:
     def __init__(self, tensors: list[tuple[str, Dtype, tuple[int, ...]]]):
         self._layouts = [PthLayout("archive", [tensor], bare=True) for tensor in tensors]
         ends = list(accumulate(layout.size for layout in self._layouts))
-        self.places = {  # name -> (where its file begins, how long that is)
+        self.places = {  # name -> (offset of its file, size)
             name: (end - layout.size, layout.size)
             for (name, _, _), layout, end in zip(tensors, self._layouts, ends, strict=True)
         }
@@ -28,13 +28,13 @@ class DcpLayout:
         self.size = ends[-1] if ends else 0
 
     def fixed(self, checksums: list[int]) -> list[tuple[int, bytes]]:
-        """Return all that is not a tensor as (offset, bytes), given the CRC-32 of every tensor's bytes."""
+        """Return all other bytes as (offset, bytes), given the CRC-32 of every tensor."""
         parts = zip(self.places.values(), self._layouts, checksums, strict=True)
         return [(start + at, piece) for (start, _), layout, one in parts for at, piece in layout.fixed([one])]
 
 
 def make_metadata(files: dict[str, tuple[DcpLayout, list[tuple[str, Dtype, tuple[int, ...]]]]]) -> bytes:
-    """Write the list of tensors by torch's own classes, for the version that is installed."""
+    """Return the list of tensors, pickled by the installed torch's own classes."""
     import torch
     from torch.distributed.checkpoint import filesystem, metadata
 

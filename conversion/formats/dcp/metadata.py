@@ -1,4 +1,4 @@
-"""The list in a folder of torch.distributed.checkpoint: a pickle, read as records of facts and not run."""
+"""The list of tensors in a folder of torch.distributed.checkpoint: a pickle, read as records and never run."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ RECORDS = {INDEX, Global(f"{OURS}.filesystem", "_StorageInfo")} | {
         "StorageMeta",
     )
 }
-IGNORED = {  # what is called for facts that are not needed
+IGNORED = {  # calls whose facts are not needed
     Global("torch.serialization", "_get_layout"),
     Global(f"{OURS}.metadata", "_MEM_FORMAT_ENCODING"),
     *(Global(module, "PosixPath") for module in ("pathlib", "pathlib._local")),
@@ -30,14 +30,14 @@ IGNORED = {  # what is called for facts that are not needed
 
 
 class Record:
-    """The facts of an object of torch's: its fields, as they were pickled."""
+    """The pickled fields of an object of torch's."""
 
     def __init__(self, kind: Global):
         self.kind, self.facts = kind, None
 
 
 class MetadataMachine(Machine):
-    """Read the pickle, of a newer protocol than that of tensors."""
+    """Read this pickle, whose protocol is newer than that of tensors."""
 
     def proto(self):
         if not 2 <= (version := self.number("<B")) <= 5:
@@ -89,7 +89,7 @@ class MetadataMachine(Machine):
             raise Damaged(f"it calls {function.module}.{function.name}")
 
     def add_items(self, flat: list):
-        """As of tensors' pickles, with the places of pieces as keys too: a name, and where the piece begins."""
+        """Add items as in tensors' pickles; keys may also be pieces: a name, and the first index."""
         keys = [key_of(key.facts) if type(key) is Record and key.kind == INDEX else key for key in flat[::2]]
         made = self.top(dict)
         if len(flat) % 2 or not all(type(key) in (str, int, tuple) for key in keys):
@@ -108,7 +108,7 @@ class MetadataMachine(Machine):
         b"\x8c": short_text,
         b"\x93": stack_global,
         b"\x94": memoize,
-        b"\x95": lambda self: self.take(8),  # a frame's length: frames divide a stream that is read anyway
+        b"\x95": lambda self: self.take(8),  # the length of a frame, which is not needed
         b"\x81": new,
     }
 
@@ -150,7 +150,7 @@ def read_metadata(path: Path):
 
 
 def list_tensors(facts: dict, limit: int) -> dict[str, tuple]:
-    """List the tensors, of fewer pieces than `limit`: lists that are named many times would take for ever."""
+    """List the tensors, with fewer pieces than `limit`: a list that is referenced many times could take for ever."""
     tensors, pieces = {}, 0
     for name, told in facts["state_dict_metadata"].items():
         if "chunks" in (told.facts or {}):  # not the bytes of another object

@@ -1,4 +1,4 @@
-"""The tensors of a folder of torch.distributed.checkpoint: where each piece lies, all that is said of it checked."""
+"""Locate the tensors of a folder of torch.distributed.checkpoint, and check every piece."""
 
 import math
 from pathlib import Path, PurePosixPath
@@ -12,8 +12,8 @@ from .chunks import ChunkedTensor, lay_out
 from .metadata import METADATA, read_metadata
 
 SUFFIX = ".distcp"
-INSIDE = "pytorch_model_fsdp_*"  # where accelerate's FSDP puts it in the folder of a checkpoint
-# What stands first, or second, in the names of what belongs to a run and not to a model.
+INSIDE = "pytorch_model_fsdp_*"  # where accelerate's FSDP puts it
+# First or second parts of names that belong to a run, not to a model.
 TRAINING = {"optimizer", "optim", "optimizers", "optimizer_state", "state", "param_groups", "train_state", "rng_state"}
 TRAINING |= {"lr_scheduler", "lr_schedulers", "scheduler", "dataloader", "extra_state"}
 
@@ -28,7 +28,7 @@ def read_dcp(folder: Path, inferred: list[str]) -> dict[str, StoredTensor | Chun
     """List the tensors by name, without those of the run's state.
 
     Raises:
-        UserError: the list is damaged or would run code, a piece is missing, or pieces do not make a tensor.
+        UserError: the list is damaged or would run code, or pieces are missing or do not make a tensor.
     """
     path = folder / METADATA
     listed, stored = read_metadata(path)
@@ -52,7 +52,7 @@ def read_dcp(folder: Path, inferred: list[str]) -> dict[str, StoredTensor | Chun
 
 
 def read_chunk(folder: Path, where, name: str, dtype: str, size: tuple[int, ...], files: dict) -> StoredTensor:
-    """Say where a piece lies, having compared what lies there with what the list says."""
+    """Locate a piece, and check it against the list."""
     if where is None:
         raise UserError(f"{folder / METADATA} does not say where a piece of {quoted(name)} lies; save it again")
     file, offset, length = where
