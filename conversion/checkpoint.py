@@ -27,7 +27,7 @@ class Checkpoint:
 
     path: Path  # the folder that holds the files, or a GGUF file
     format: str  # "hf", "meta" or "gguf"
-    config: dict  # as `hf_config.read_config` returns it
+    config: dict  # as `config.hf.read_config` returns it
     rows: list[Row] = field(repr=False)  # the table's rows for this model
     tensors: dict[str, list[StoredTensor]] = field(repr=False)  # by Hugging Face's names; one for each shard
     tokenizer: Path | None

@@ -1,1 +1,1 @@
-"""params.json and config.json, each made from the other, and what only one of them can say."""
+"""params.json, config.json and GGUF's metadata: each made from the others, and what only one of them can say."""

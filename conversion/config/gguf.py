@@ -1,6 +1,6 @@
 """GGUF's metadata and config.json: the same model in two spellings.
 
-The frequencies of Llama 3.1's RoPE stand in no key but in a tensor: by what each of them is divided.
+Llama 3.1's scaling of RoPE is in no key, but in a tensor: the divisor of each frequency.
 Sources: gguf 0.19.0, constants.py (`Keys`); llama.cpp, conversion/llama.py (`generate_extra_tensors`).
 """
 
@@ -20,7 +20,7 @@ from .schema import GEOMETRY
 ARCHITECTURE = "llama"
 ROPE_FACTORS = "rope_freqs.weight"  # the tensor
 SCALING = "rope.scaling.type"
-# Key after "llama." -> key of a configuration, and what it must be
+# Key after "llama." -> key of a configuration, and its rule
 PLACES = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -45,24 +45,24 @@ OTHERS = {
     "rope.scaling.original_context_length": whole(0),
 }
 RULES = {key: GEOMETRY[place] for key, place in PLACES.items()} | OTHERS
-TOKENS = {  # key after "tokenizer.ggml." -> what a text's end or beginning is in a configuration
+TOKENS = {  # key after "tokenizer.ggml." -> key of a configuration
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
     "padding_token_id": "pad_token_id",
 }
 STOPS = ("eos_token_id", "eom_token_id", "eot_token_id")
 DEFAULT_THETA = 10000.0  # llama.cpp, src/llama-model.cpp, `rope_freq_base_train`
-CLOSE = 1e-4  # of factors that were computed in float32, relatively
+CLOSE = 1e-4  # relative error of factors that were computed in float32
 ORIGINAL_CONTEXTS = (8192, 2048, 4096, 16384, 32768)  # tried in turn; the released models have the first
 SAID_OTHERWISE = ("general.alignment", "general.architecture", "general.type", "general.quantization_version")
 SAID_OTHERWISE += ("general.file_type", "general.parameter_count")
 
 
 def read_metadata(metadata: dict, path: Path) -> dict:
-    """Return the facts of a Llama by their keys after "llama.", each of the right kind.
+    """Return a Llama's metadata by keys after "llama.", checked.
 
     Raises:
-        UserError: it is another architecture, or a fact is missing, malformed, or differs between layers.
+        UserError: it is another architecture, or a value is missing, malformed, or differs between layers.
     """
     kind, architecture = metadata.get("general.type", "model"), metadata.get("general.architecture")
     if kind != "model" or architecture != ARCHITECTURE:
@@ -82,14 +82,14 @@ def read_metadata(metadata: dict, path: Path) -> dict:
 
 
 def facts_to_config(facts: dict, path: Path, vocab_size: int, factors: np.ndarray | None, inferred: list[str]) -> dict:
-    """Translate what `read_metadata` read into a configuration without token ids and tying.
+    """Return the configuration for `read_metadata`'s result, without token ids and tying.
 
     Args:
         vocab_size: the embedding's rows.
-        factors: by what RoPE's frequencies are divided, where that tensor is there.
+        factors: the divisors of RoPE's frequencies, if the tensor is there.
 
     Raises:
-        UserError: the facts contradict each other, or say what no Llama has.
+        UserError: values contradict each other, or are not a Llama's.
     """
     config = {place: facts.get(key) for key, place in PLACES.items()} | {"vocab_size": vocab_size}
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -121,7 +121,7 @@ def facts_to_config(facts: dict, path: Path, vocab_size: int, factors: np.ndarra
 
 
 def find_scaling(factors: np.ndarray, head_dim: int, theta: float, facts: dict, path: Path) -> dict:
-    """Find Llama 3.1's scaling of RoPE that divides the frequencies by these factors.
+    """Find the parameters of Llama 3.1's scaling that give these factors.
 
     Raises:
         UserError: there is none.
@@ -139,15 +139,15 @@ def find_scaling(factors: np.ndarray, head_dim: int, theta: float, facts: dict, 
 
 
 def same_factors(rope: dict, head_dim: int, factors: np.ndarray) -> bool:
-    """Tell whether a configuration's RoPE divides the frequencies by these factors."""
+    """Tell whether a configuration's RoPE has these factors."""
     return rope["rope_type"] == "llama3" and np.allclose(rope_factors(rope, head_dim), factors, rtol=CLOSE, atol=0)
 
 
 def rope_factors(rope: dict, head_dim: int) -> np.ndarray:
-    """Compute by what Llama 3.1's scaling divides each frequency (llama-models 0.3.0, `apply_scaling`)."""
+    """Compute the divisor of each frequency in Llama 3.1's scaling (llama-models 0.3.0, `apply_scaling`)."""
     factor, low, high, original = (rope[key] for key in LLAMA3_SCALING)
     wavelengths = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)  # 0: divided by all of the factor
+    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)  # 0: divided by the whole factor
     return (1 / ((1 - smooth) / factor + smooth)).astype("<f4")
 
 
@@ -177,10 +177,10 @@ def unused_keys(metadata: dict) -> list[str]:
 
 
 def config_to_metadata(config: dict, path: Path) -> dict:
-    """Translate a configuration into the metadata that llama.cpp reads, but for the tokenizer's.
+    """Return a configuration as the metadata that llama.cpp reads, without the tokenizer's.
 
     Raises:
-        UserError: the model has something that GGUF's Llama cannot say.
+        UserError: the model has something that GGUF's Llama has no place for.
     """
     stays = "; --to hf keeps it"
     if (head := head_of(config)) != LANGUAGE_MODEL:
@@ -198,7 +198,7 @@ def config_to_metadata(config: dict, path: Path) -> dict:
 
 
 def token_metadata(config: dict) -> dict:
-    """Say what begins, ends and pads a text; of several that end one, the last, which ends a turn, comes first."""
+    """Return the metadata of begin, end and pad tokens; of several end tokens the last, which ends a turn, is first."""
     bos, eos, pad = (config.get(key) for key in TOKEN_IDS)
     stops = list(reversed(eos)) if isinstance(eos, list) else [eos]
     ids = {"bos_token_id": bos, "padding_token_id": pad if pad is None or pad >= 0 else None}

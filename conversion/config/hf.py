@@ -11,10 +11,10 @@ from hf_llama3.remote_code import AUTO_MAP
 from ..weights import HEADS, LANGUAGE_MODEL
 from .schema import CONFIG, CONFIG_REQUIRED, GEOMETRY, ID, ROPE, ROPE_VALUE, check_ids
 
-UPSTREAM_ROPE_THETA = 10000.0  # what `model_type: llama` means where it does not say (`LlamaConfig.default_theta`)
-KNOWN_TYPES = {"llama": "Llama", "llama3": "Llama3"}  # what a class's name begins with
+UPSTREAM_ROPE_THETA = 10000.0  # default of `model_type: llama` (`LlamaConfig.default_theta`)
+KNOWN_TYPES = {"llama": "Llama", "llama3": "Llama3"}  # prefixes of class names
 OTHER_TYPES = {"mllama": "a vision model", "llama4": "Llama 4", "llama4_text": "Llama 4"}
-PASSED_ON = {  # written as they are found, or as every Llama has them
+PASSED_ON = {  # written as found, or else as in every Llama
     "hidden_act": "silu",
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -27,13 +27,13 @@ PACKED = "hf_llama3"  # `quant_method` in the configuration of a folder that `hf
 ORIGINAL = "original_max_position_embeddings"
 LABEL_KEYS = ("id2label", "label2id", "problem_type")  # of a classifier
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Keys that are written anew, from what is read above and from the target.
+# Keys that are written anew, from the values above and the target.
 WRITTEN_ANEW = ("architectures", "model_type", "auto_map", "quantization_config", "torch_dtype")
 WRITTEN_ANEW += (*GEOMETRY, *PASSED_ON, *TOKEN_IDS, "tie_word_embeddings")
 WRITTEN_ANEW += ("rope_parameters", "rope_theta", "rope_scaling")
 
 
-# What transformers 5.23 and this package's class take where config.json does not say.
+# Defaults of transformers 5.23 and of this package's class.
 UNSAID = {
     "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2},
     "llama3": {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "bos_token_id": 128000, "eos_token_id": 128001},
@@ -43,14 +43,14 @@ UNSAID = {
 def read_config(path: Path, inferred: list[str] | None = None) -> dict:
     """Read a config.json of type llama or llama3 into the one spelling that this package uses.
 
-    What is missing or contradicts itself is taken as transformers takes it, and added to `inferred`.
+    A missing or contradictory value is read as transformers reads it, and noted in `inferred`.
 
     Returns:
-        Every key of `GEOMETRY`, `TOKEN_IDS` and `PASSED_ON`, `rope_parameters` and `tie_word_embeddings`; of another
-        model than a language model, `architectures` and what there is of `LABEL_KEYS`.
+        Every key of `GEOMETRY`, `TOKEN_IDS` and `PASSED_ON`, `rope_parameters` and `tie_word_embeddings`; for another
+        model than a language model also `architectures` and those of `LABEL_KEYS` that it has.
 
     Raises:
-        UserError: naming a key that is missing, malformed or contradictory, or what the file describes instead.
+        UserError: a key is missing, malformed or contradictory, or the file describes another kind of model.
     """
     raw = read_json(path)
     kind = raw.get("model_type")
@@ -98,7 +98,7 @@ def read_config(path: Path, inferred: list[str] | None = None) -> dict:
 
 
 def read_token_id(key: str, value, path: Path, inferred: list[str]) -> int | list[int] | None:
-    """Return one id, or none; of `eos_token_id` there may be several."""
+    """Return an id or None; `eos_token_id` may be a list."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     usable = all(ID.takes(token_id) or (token_id == -1 and key == "pad_token_id") for token_id in ids)
     if not usable or (len(ids) > 1 and key != "eos_token_id"):
@@ -111,7 +111,7 @@ def read_token_id(key: str, value, path: Path, inferred: list[str]) -> int | lis
 
 
 def head_of(config: dict) -> str:
-    """Return which of `HEADS` the class has that a configuration names; that of a language model if it names none."""
+    """Return the head, one of `HEADS`, of the class that a configuration names; a language model's by default."""
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
     return next((head for head in HEADS for start in KNOWN_TYPES.values() if name == start + head), LANGUAGE_MODEL)
@@ -124,7 +124,7 @@ def check_labels(config: dict, path: Path):
 
 
 def read_more_config(path: Path) -> dict:
-    """Return what else a config.json holds: its type under `dtype`, and every key that no conversion looks at."""
+    """Return the rest of a config.json: its type under `dtype`, and every key that no conversion uses."""
     raw = read_json(path)
     dtype = raw.get("dtype") or raw.get("torch_dtype")
     more = {key: value for key, value in raw.items() if key not in WRITTEN_ANEW and key != "dtype"}
@@ -138,9 +138,9 @@ def is_packed(raw: dict) -> bool:
 
 
 def read_rope(raw: dict, path: Path, inferred: list[str]) -> dict:
-    """Gather what version 4 writes as `rope_theta` and `rope_scaling` and version 5 as `rope_parameters`.
+    """Return RoPE's parameters: `rope_theta` and `rope_scaling` of version 4, or `rope_parameters` of version 5.
 
-    Of what contradicts itself transformers 5.23 takes what is taken here (`convert_rope_params_to_dict`).
+    Contradictions are resolved as in transformers 5.23 (`convert_rope_params_to_dict`).
     """
     older, newer = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
     rope = older or newer
@@ -178,10 +178,10 @@ def read_rope(raw: dict, path: Path, inferred: list[str]) -> dict:
 def portable_config(config: dict, dtype: str, written_as: str, more: dict | None = None) -> dict:
     """Spell a configuration so that transformers 4 and 5 and the engines that read config.json agree on it.
 
-    `more` is what `read_more_config` read, of which `dtype` is not looked at.
+    `more` is the result of `read_more_config`; its `dtype` is ignored.
 
-    Version 4 knows `rope_theta`, `rope_scaling` and `torch_dtype` only, and without them takes a theta of 10000 in
-    silence; version 5 reads both spellings.
+    Version 4 knows only `rope_theta`, `rope_scaling` and `torch_dtype`, and silently uses a theta of 10000 without
+    them; version 5 reads both spellings.
     """
     rope = config["rope_parameters"]
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -208,10 +208,10 @@ def published_generation(config: dict) -> dict:
 
 
 def make_portable(folder: Path, generation: dict | None = None):
-    """Rewrite the config.json that `save_pretrained` made of this package's model as the one that every tool reads.
+    """Rewrite the config.json that `save_pretrained` wrote for this package's model, so that every tool reads it.
 
     Args:
-        generation: generation_config.json, where another than the usual belongs to the model.
+        generation: the model's generation_config.json, if it is not the usual one.
     """
     path = folder / "config.json"
     dtype = read_json(path).get("dtype") or "float32"

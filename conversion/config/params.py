@@ -1,7 +1,7 @@
-"""params.json and config.json: the same model in two spellings, neither of which says all that the other does.
+"""params.json and config.json: the same model in two spellings, each with something that the other lacks.
 
-Inside this room a configuration is the dictionary that `hf_config.read_config` returns, so that nothing here needs
-transformers. What params.json has no place for stands in a file beside it, see `sidecar.py`.
+A configuration is the dictionary that `hf.read_config` returns, so that nothing here needs transformers. What
+params.json has no place for is kept in a file beside it, see `sidecar.py`.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from .hf import head_of
 from .schema import PARAMS, PARAMS_REQUIRED
 from .sidecar import SIDECAR
 
-LLAMA2_ROPE_THETA = 10000.0  # what a params.json that does not say means (llama-models 0.3.0, Llama 2's `ModelArgs`)
+LLAMA2_ROPE_THETA = 10000.0  # default of params.json (llama-models 0.3.0, Llama 2's `ModelArgs`)
 CODE_LLAMA_ROPE_THETA = 1e6
 UNKNOWN_VERSION = "unknown"
 LLAMA2_VOCABULARIES = (32000, 32016)  # Llama 2, and Code Llama with its infilling tokens
@@ -28,24 +28,24 @@ REFUSED = {
     "vision_chunk_size": "a vision model",
     "moe_args": "a mixture of experts (Llama 4)",
 }
-# (multiple_of, ffn_dim_multiplier) of the released models, tried before others when one is to be found.
+# (multiple_of, ffn_dim_multiplier) of the released models; they are tried first.
 RELEASED_MULTIPLIERS = ((256, 1.5), (256, None), (4096, 1.3), (1024, 1.3), (4096, 1.2))
 
 
 def params_to_config(
     params: dict, path: Path, vocab_size: int, given_factor: float | None = None, kept_factor: float | None = None
 ) -> tuple[dict, list[str]]:
-    """Translate what `read_params` read.
+    """Return the configuration for a params.json.
 
     Args:
         vocab_size: the embedding's rows, since Llama 2's file says -1.
-        given_factor, kept_factor: the RoPE factor, as the user gives it and as the sidecar keeps it.
+        given_factor, kept_factor: the RoPE factor from the user and from the sidecar.
 
     Returns:
-        The configuration, without token ids and tying, and what was inferred, as sentences.
+        The configuration, without token ids and tying, and sentences about what was inferred.
 
     Raises:
-        UserError: naming the keys that contradict each other, or the flag that is needed.
+        UserError: keys contradict each other, or a flag is needed; the sentence names them.
     """
     if params.get("vocab_size", -1) not in (-1, vocab_size):
         raise UserError(f"{path} says vocab_size {params['vocab_size']}, but the embedding has {vocab_size} rows")
@@ -85,7 +85,7 @@ def read_params(path: Path) -> dict:
     """Read params.json.
 
     Raises:
-        UserError: naming a key that is missing, malformed, or says that this is no Llama 3 text model.
+        UserError: a key is missing or malformed, or shows that this is no Llama 3 text model.
     """
     params = {key: value for key, value in read_json(path).items() if value is not None}
     for key, meaning in REFUSED.items():
@@ -102,7 +102,7 @@ def read_params(path: Path) -> dict:
 
 
 class MissingFlag(UserError):
-    """Name the flag that says what no file does."""
+    """No file says a value; the message names the flag that does."""
 
 
 def is_scaled(params: dict, path: Path, given: float | None, inferred: list[str]) -> bool:
@@ -126,7 +126,7 @@ def is_scaled(params: dict, path: Path, given: float | None, inferred: list[str]
 
 
 def infer_rope_factor(params: dict, path: Path, given: float | None, kept: float | None) -> tuple[float, str]:
-    """Find what `use_scaled_rope` leaves out: Meta wrote 8 into its code for 3.1 and 3.3, and 32 was used for 3.2."""
+    """Infer the factor, which `use_scaled_rope` leaves out: 8 in Meta's code for 3.1 and 3.3, but 32 for 3.2."""
     if given is not None:
         return float(given), "given by --rope-factor"
     if kept is not None:
@@ -144,7 +144,7 @@ def infer_rope_factor(params: dict, path: Path, given: float | None, kept: float
 
 
 def feed_forward_size(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
-    """Compute the feed-forward's width as llama-models 0.3.0, models/llama3/model.py, `FeedForward` does."""
+    """Compute the feed-forward's width as in llama-models 0.3.0, models/llama3/model.py, `FeedForward`."""
     size = int(2 * (4 * dim) / 3)
     if ffn_dim_multiplier is not None:
         size = int(ffn_dim_multiplier * size)
@@ -169,10 +169,10 @@ def find_multiplier(dim: int, size: int) -> tuple[int, float | None]:
 
 
 def config_to_params(config: dict, path: Path, kv_heads: int) -> dict:
-    """Translate config.json into what Meta's `ModelArgs` takes, and nothing else; `kv_heads` as they are written.
+    """Return the params.json of a configuration, with the keys of Meta's `ModelArgs` only and `kv_heads` as written.
 
     Raises:
-        UserError: the model has something that Meta's format cannot say.
+        UserError: the model has something that Meta's format has no place for.
     """
     heads, hidden, rope = config["num_attention_heads"], config["hidden_size"], config["rope_parameters"]
     stays = "; --to hf keeps it"
@@ -201,22 +201,22 @@ def config_to_params(config: dict, path: Path, kv_heads: int) -> dict:
         "ffn_dim_multiplier": multiplier,
         "norm_eps": config["rms_norm_eps"],
         "rope_theta": rope["rope_theta"],
-        "use_scaled_rope": scaled or None,  # the Llama 3.0 files and their readers do not know the key
+        "use_scaled_rope": scaled or None,  # Llama 3.0's files and readers do not know the key
     }
     return {key: value for key, value in params.items() if value is not None}
 
 
 def infer_version(config: dict, family: str | None, given: str | None, path: Path) -> tuple[str, str]:
-    """Tell the version of Llama, and why: it decides the special tokens' names and how shards divide the embedding.
+    """Infer the version of Llama, and why: it decides special tokens and how shards divide the embedding.
 
-    Without any evidence it is "unknown", and shards are divided as Llama 3's are.
+    Without evidence it is "unknown", and shards are divided as Llama 3's.
 
     Args:
-        family: "2" or "3" where the tokenizer tells it, "other" where it is none of Llama's.
-        given: what the user says.
+        family: "2" or "3" from the tokenizer, "other" for another model's tokenizer.
+        given: the version from the user.
 
     Raises:
-        UserError: the user says something else than the tokenizer.
+        UserError: user and tokenizer contradict each other.
     """
     if given is not None:
         if family in ("2", "3") and given[0] != family:

@@ -1,4 +1,4 @@
-"""What each JSON file of a checkpoint may hold; keys that are not named here are left as they are."""
+"""What each JSON file of a checkpoint may hold; other keys are left as they are."""
 
 from itertools import chain
 from pathlib import Path
@@ -27,11 +27,11 @@ MAX_STOPS = 256  # tokens that end a text, or may not stand in one; the publishe
 MAX_TEMPLATE = 2**20  # characters of a chat template; the longest published ones have twenty thousand
 
 ID = whole(0)
-MANY_IDS = listed(ID, MAX_STOPS)  # where one is meant there may be a list of it
+MANY_IDS = listed(ID, MAX_STOPS)  # a list may stand for a single id
 IDS = {
     "bos_token_id": optional(either(ID, MANY_IDS)),
     "eos_token_id": optional(either(ID, MANY_IDS)),
-    "pad_token_id": optional(either(whole(-1), MANY_IDS)),  # the first Llamas' say -1 for none
+    "pad_token_id": optional(either(whole(-1), MANY_IDS)),  # -1 for none in the first Llamas
 }
 
 PARAMS_REQUIRED = ("dim", "n_layers", "n_heads", "norm_eps")
@@ -46,8 +46,8 @@ PARAMS = {
     "ffn_dim_multiplier": POSITIVE,
     "rope_theta": number(1),
     "use_scaled_rope": FLAG,
-    "rope_scaling_factor": number(1),  # not Meta's, but other tools'
-    "max_batch_size": whole(),  # of the run, not of the model
+    "rope_scaling_factor": number(1),  # a key of other tools
+    "max_batch_size": whole(),  # of a run, not of the model
     "max_seq_len": whole(),
 }
 
@@ -62,8 +62,8 @@ GEOMETRY = {
     "max_position_embeddings": whole(),
     "rms_norm_eps": POSITIVE,
 }
-LEFT_OUT = ("num_key_value_heads", "head_dim")  # what follows from others where it is null or absent
-CONFIG_REQUIRED = tuple(key for key in GEOMETRY if key not in LEFT_OUT)  # transformers' defaults are another model's
+LEFT_OUT = ("num_key_value_heads", "head_dim")  # derived from others if null or absent
+CONFIG_REQUIRED = tuple(key for key in GEOMETRY if key not in LEFT_OUT)  # or transformers' defaults would apply
 OTHERS = {
     "hidden_act": text(64),
     "attention_bias": FLAG,
@@ -147,7 +147,7 @@ SIDECAR = {
     "tokenizer_model": optional(text()),
     "tie_word_embeddings": FLAG,
 }
-NEWER = ("more_config", "tokenizer_model", "tie_word_embeddings")  # what earlier versions did not write
+NEWER = ("more_config", "tokenizer_model", "tie_word_embeddings")  # not written by earlier versions
 SIDECAR_REQUIRED = tuple(key for key in SIDECAR if key not in NEWER)
 
 INDEX_MAP = mapped(text(1024))  # tensor -> file
@@ -160,15 +160,15 @@ SMALL_FILES = {
     "added_tokens.json": mapped(ID),
 }
 TABLES = {"generation_config.json": GENERATION, "tokenizer_config.json": TOKENIZER_CONFIG}
-# How the names of those begin that a conversion copies, or transformers reads
+# Prefixes of files that a conversion copies or transformers reads
 TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
 
 
 def read_small_files(folder: Path, vocab_size: int) -> dict[str, dict]:
-    """Read the `SMALL_FILES` that lie in a folder, each checked whole, and look at the size and kind of the others.
+    """Read and check the `SMALL_FILES` of a folder, and check the size and kind of its other files.
 
     Raises:
-        UserError: one is no file, too large, or holds what no reader can use.
+        UserError: one is no regular file, too large, or holds a value that no reader can use.
     """
     for path in sorted(folder.iterdir()):
         if path.name.startswith((*TOKENIZER_FILES, "adapter_config")):
@@ -184,7 +184,7 @@ def read_small(path: Path) -> dict:
     """Read one of `SMALL_FILES`.
 
     Raises:
-        UserError: it is no JSON object, or holds what no reader can use.
+        UserError: it is no JSON object, or holds a value that no reader can use.
     """
     found = check(read_json(path), TABLES.get(path.name, {}), path)
     if not (rule := SMALL_FILES[path.name]).takes(found):
@@ -193,10 +193,10 @@ def read_small(path: Path) -> dict:
 
 
 def check_ids(values: dict, vocab_size: int, path: Path):
-    """Raise unless every token id has a row in the embedding.
+    """Check that every token id has a row in the embedding.
 
     Raises:
-        UserError: naming the first that has none.
+        UserError: one has none.
     """
     for key in (*IDS, *LISTS_OF_IDS):
         given = values.get(key)

@@ -1,7 +1,7 @@
-"""What Hugging Face's files say and Meta's have no place for, kept in a file of its own beside params.json.
+"""huggingface.json: what Hugging Face's files say and Meta's format has no place for, in a file beside params.json.
 
-Without it a conversion to Meta's format and back would forget the context window, the RoPE factor, the token ids, the
-names of the special tokens and the chat template. Meta's readers do not look at the file.
+Without it a conversion to Meta's format and back would lose the context window, the RoPE factor, the token ids, the
+names of the special tokens and the chat template. Meta's readers ignore the file.
 """
 
 from pathlib import Path
@@ -20,10 +20,10 @@ CONFIG_KEYS = ("max_position_embeddings", *TOKEN_IDS, *PASSED_ON)
 def make_sidecar(
     config: dict, more_config: dict, generation_config, instruct: bool, special_tokens, chat_template, tokenizer_model
 ) -> dict:
-    """Make the file's content; `tokenizer_model` is the hash of the one that is written, None without one."""
+    """Return the file's content; `tokenizer_model` is the hash of the written tokenizer.model, None without one."""
     return {
         "rope_factor": config["rope_parameters"].get("factor"),
-        "num_key_value_heads": config["num_key_value_heads"],  # params.json counts the copies that shards hold
+        "num_key_value_heads": config["num_key_value_heads"],  # params.json counts copies in shards
         "config": {key: config[key] for key in CONFIG_KEYS if key in config},
         "more_config": more_config,
         "generation_config": generation_config,
@@ -31,15 +31,15 @@ def make_sidecar(
         "special_tokens": special_tokens,
         "chat_template": chat_template,
         "tokenizer_model": tokenizer_model,
-        "tie_word_embeddings": config["tie_word_embeddings"],  # a head may equal the embedding and be one of its own
+        "tie_word_embeddings": config["tie_word_embeddings"],  # an untied head may equal the embedding
     }
 
 
 def read_sidecar(folder: Path) -> dict:
-    """Read the file if it is there, else return an empty dictionary.
+    """Read the file; return an empty dictionary if there is none.
 
     Raises:
-        UserError: it is not what `make_sidecar` makes.
+        UserError: it is damaged.
     """
     path = folder / SIDECAR
     if not path.exists():

@@ -1,7 +1,7 @@
-"""GGUF, the one file of llama.cpp, ollama and LM Studio: read as data, and laid out.
+"""GGUF, the file format of llama.cpp, ollama and LM Studio: read as data, or laid out.
 
-Metadata, tokenizer and tensors lie in it together. Its Llama tensors have names of their own and the order of rotary
-rows that Meta's have. Sources: ggml's docs/gguf.md; llama.cpp, ggml/src/gguf.cpp.
+A file holds metadata, tokenizer and tensors together. Its Llama tensors have names of their own and Meta's order of
+rotary rows. Sources: ggml's docs/gguf.md; llama.cpp, ggml/src/gguf.cpp.
 """
 
 from .blocks import Quantise, Recompute, Widen

@@ -1,6 +1,6 @@
-"""Elements that are decoded as they are read, a few rows at a time: of quantised tensors, and of narrowed ones.
+"""Tensors that are decoded while they are read, a few rows at a time: quantised ones, and narrowed ones.
 
-What a block means is computed by llama.cpp's own package `gguf`, which the extra of that name brings.
+llama.cpp's own package `gguf`, an extra, decodes the blocks.
 """
 
 from collections.abc import Callable
@@ -35,17 +35,17 @@ def gguf_package(why: str):
 
 @dataclass(frozen=True, eq=False)
 class DecodedArray:
-    """Do what is done with the array of a stored tensor, of one dimension or two.
+    """The array of a decoded tensor, of one or two dimensions, with the operations of a stored tensor's array.
 
-    A tuple of slices cuts it and reads nothing; a slice or a list of rows gives their elements.
+    A tuple of slices cuts it without reading; a slice or a list of rows returns their elements.
     """
 
     file: SourceFile
-    stored: np.ndarray  # a view of the file, a row of it for each row of elements
-    decode: Callable[[np.ndarray], np.ndarray]  # gives elements as unsigned integers of their width
+    stored: np.ndarray  # a view of the file, with a row for each row of elements
+    decode: Callable[[np.ndarray], np.ndarray]  # returns elements as unsigned integers of their width
     shape: tuple[int, ...]
     dtype: np.dtype
-    columns: tuple[int, int] | None = None  # which of them, where not all
+    columns: tuple[int, int] | None = None  # the columns that it is cut to, if any
 
     @property
     def nbytes(self) -> int:
@@ -69,13 +69,13 @@ class DecodedArray:
         return DecodedArray(self.file, stored, self.decode, shape, self.dtype, (first + start, first + stop))
 
     def reshape(self, heads: int, *shape: int) -> ByHead:
-        """Divide the rows among heads, of which there are as many as it gives."""
+        """Divide the rows among heads, whose number is inferred."""
         return ByHead(self, shape)
 
 
 @dataclass(eq=False)
 class BlockTensor:
-    """Say where the blocks of a quantised tensor lie; what a `StoredTensor` does for one that is stored as it is."""
+    """Where the blocks of a quantised tensor are; the counterpart of `StoredTensor`."""
 
     file: SourceFile
     kind: Kind
@@ -92,7 +92,7 @@ class BlockTensor:
 
     @property
     def nbytes(self) -> int:
-        """What its elements take when they are decoded."""
+        """The bytes of its decoded elements."""
         return FLOAT32.bytes_of(self.shape)
 
     @cached_property
@@ -113,7 +113,7 @@ class BlockTensor:
 
 @dataclass(eq=False)
 class NarrowedTensor:
-    """Give the elements of a float32 tensor in a narrower type, which holds all of them exactly."""
+    """A float32 tensor, read in a narrower type that holds all its elements exactly."""
 
     base: StoredTensor
     dtype: Dtype
@@ -147,7 +147,7 @@ class NarrowedTensor:
 
 
 def narrow(bits: np.ndarray, dtype: Dtype) -> np.ndarray:
-    """Cut float32 elements, all given as unsigned integers, to bfloat16 or float16."""
+    """Narrow float32 elements to bfloat16 or float16, all as unsigned integers."""
     if dtype.name == "bfloat16":
         return (bits >> 16).astype("<u2")
     with np.errstate(over="ignore"):
@@ -161,7 +161,7 @@ def fits(tensor: StoredTensor, dtype: Dtype) -> bool:
 
 
 class Widen:
-    """Give elements of a type of at most 32 bits as float32, exactly."""
+    """Widens elements of at most 32 bits to float32, exactly."""
 
     to = FLOAT32
     largest_error = 0.0
@@ -171,7 +171,7 @@ class Widen:
 
 
 class Quantise:
-    """Round elements to a quantised kind, by the one way that llama.cpp's package has, and keep the largest error."""
+    """Quantises elements by llama.cpp's package, and remembers the largest error."""
 
     def __init__(self, kind: Kind):
         self.to = kind
@@ -180,7 +180,7 @@ class Quantise:
         self.number = self.gguf.GGMLQuantizationType(kind.number)
 
     def __call__(self, block: np.ndarray, stored: Dtype) -> np.ndarray:
-        """Take elements as unsigned integers of their width, whole blocks of them, and return the kind's bytes."""
+        """Return the bytes of the kind for whole blocks of elements, given as unsigned integers of their width."""
         flat = np.ascontiguousarray(block).reshape(-1)
         return np.concatenate([self.round(flat[at : at + AT_A_TIME], stored) for at in range(0, flat.size, AT_A_TIME)])
 
@@ -188,7 +188,7 @@ class Quantise:
         before = to_floats(block, stored).astype("<f4", copy=False).reshape(-1, self.to.block)
         if not np.isfinite(before).all():
             raise UserError(f"--dtype {self.to.name} cannot hold {before[~np.isfinite(before)][0]}; choose f32")
-        with np.errstate(all="ignore"):  # a scale that no float16 holds shows in the error
+        with np.errstate(all="ignore"):  # a scale beyond float16 shows as an infinite error
             made = self.gguf.quantize(before, self.number)
             error = float(np.abs(self.gguf.dequantize(made, self.number) - before).max())
         if not np.isfinite(error):
@@ -199,7 +199,7 @@ class Quantise:
 
 
 class Recompute:
-    """Quantise elements and give them as they then are, to compare with those of a file."""
+    """Quantises elements and decodes them again, to compare them with those of a file."""
 
     to = FLOAT32
 

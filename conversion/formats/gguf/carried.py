@@ -1,7 +1,7 @@
-"""A Hugging Face folder's small files inside a GGUF file: what its own keys have no place for.
+"""A Hugging Face folder's small files inside a GGUF file, for what its own keys have no place for.
 
-`tokenizer.huggingface.json` is the format's own key for a tokenizer.json; the other files stand in a key of this
-package. They hold as long as the facts are those that they were written with, of which a hash stands beside them.
+`tokenizer.huggingface.json` is the format's own key for a tokenizer.json; the other files are in a key of this package.
+They count as long as the metadata is what they were written with; a hash beside them shows that.
 """
 
 import base64
@@ -28,7 +28,7 @@ CONFIGS = ("config.json", "generation_config.json")
 
 
 def carry(files: dict[str, bytes], metadata: dict) -> dict:
-    """Return the keys that carry files beside the metadata that was made of them."""
+    """Return the keys that carry files, for the metadata that was made from them."""
     texts, others = {}, {}
     for name, content in files.items():
         try:
@@ -41,10 +41,10 @@ def carry(files: dict[str, bytes], metadata: dict) -> dict:
 
 
 def unpack(metadata: dict, path: Path) -> dict[str, bytes] | None:
-    """Return the files that a GGUF file carries; None where there are none, or its facts were changed since.
+    """Return the files that a GGUF file carries; None if there are none, or the metadata was changed since.
 
     Raises:
-        UserError: they are none that this package writes.
+        UserError: they are damaged, or not files that this package writes.
     """
     if FILES not in metadata or metadata.get(WRITTEN_WITH) != hash_of(metadata):
         return None
@@ -69,7 +69,7 @@ def unpack(metadata: dict, path: Path) -> dict[str, bytes] | None:
 
 
 def hash_of(metadata: dict) -> str:
-    """Return the hash of the facts of a model and its tokenizer, but for the files that are carried."""
+    """Return the hash of the metadata of a model and its tokenizer, without the carried files."""
     facts = {}
     for key in sorted(metadata):
         if key.startswith((f"{ARCHITECTURE}.", "tokenizer.")) and key != TOKENIZER:
@@ -79,5 +79,5 @@ def hash_of(metadata: dict) -> str:
 
 
 def plain(value):
-    """Return a number as a file gives it back: in 32 bits, by its shortest decimal."""
+    """Return a number as a file stores it: 32 bits, by its shortest decimal."""
     return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -1,7 +1,7 @@
-"""A GGUF file read as data: its metadata, and where each tensor lies; every count, length and place checked.
+"""Read a GGUF file as data: its metadata and the place of each tensor; every count, length and offset is checked.
 
 The file is a magic number, a version, two counts, the metadata, an entry for each tensor, and, aligned, their bytes.
-A model may be divided into `NAME-00001-of-00005.gguf` and so on, of which the first holds the metadata.
+A model may be split into `NAME-00001-of-00005.gguf` and so on; the first file holds the metadata.
 Source: llama.cpp, ggml/src/gguf.cpp, whose rules for alignment and order are kept.
 """
 
@@ -21,23 +21,23 @@ from .kinds import ARRAY, BY_KIND, BY_NUMBER, FLAG, SCALARS, TEXT, Kind
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"
 VERSIONS = (2, 3)
-MAX_HEADER_BYTES = 128 * 2**20  # Llama 3's has eight million, and 17 more where a tokenizer.json lies in it
+MAX_HEADER_BYTES = 128 * 2**20  # Llama 3's has 8 million, and 17 more with a tokenizer.json in it
 MAX_ITEMS = 2**21  # texts in all lists; Llama 3's tokens and merges are 0.4 million
 MAX_KEYS = 2**14
 MAX_TENSORS = 2**17
-MAX_KEY_BYTES = 2**16 - 1  # as the format says
+MAX_KEY_BYTES = 2**16 - 1  # the format's own limit
 MAX_NAME_BYTES = 1024
 MAX_DIMENSIONS = 4
-ALIGNMENT = 32  # where `general.alignment` does not say another
+ALIGNMENT = 32  # unless `general.alignment` says otherwise
 MAX_ALIGNMENT = 2**20
 SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
-Value = int | float | bool | str | list[str] | np.ndarray  # numbers of a list are an array
+Value = int | float | bool | str | list[str] | np.ndarray  # a list of numbers is an array
 Tensor = StoredTensor | BlockTensor
 
 
 class Damaged(ValueError):
-    """Say what in a file cannot be so."""
+    """The file is damaged, and how."""
 
 
 @dataclass(eq=False)
@@ -48,7 +48,7 @@ class Gguf:
 
 
 class Cursor:
-    """Read the head of a file from front to back, no further than the file or the bound goes."""
+    """Reads the head of a file from front to back, within the file and the bound."""
 
     def __init__(self, file, size: int):
         self.file, self.at, self.items = file, 0, 0
@@ -89,7 +89,7 @@ class Cursor:
             values = self.numbers(kind, count)
             return values.astype(bool) if kind == FLAG else values
         value = self.numbers(kind, 1)[0]
-        # The shortest decimal of a float32 is what its writer meant: 1e-05, and not 9.999999747378752e-06.
+        # The writer meant the shortest decimal of a float32: 1e-05, not 9.999999747378752e-06.
         return bool(value) if kind == FLAG else float(str(value)) if value.dtype.kind == "f" else int(value)
 
     def numbers(self, kind: int, count: int) -> np.ndarray:
@@ -103,7 +103,7 @@ class Cursor:
 
 
 def is_gguf(path: Path) -> bool:
-    """Tell whether a file holds a model, by how it begins."""
+    """Tell whether a file is GGUF, by its first bytes."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -111,7 +111,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path) -> Gguf:
-    """Read the heads of a model's file, or of all of them where it is divided.
+    """Read the head of a model's file, or of all its files if it is split.
 
     Raises:
         UserError: one is damaged, missing, of another model, or holds a type that cannot be read.
@@ -137,7 +137,7 @@ def read_gguf(path: Path) -> Gguf:
 
 
 def find_parts(path: Path) -> list[Path]:
-    """List the files of a model in their order, of which any one is given.
+    """List all files of a model in order, given one of them.
 
     Raises:
         UserError: one is missing.
@@ -197,7 +197,7 @@ def read_head(cursor: Cursor, source: SourceFile) -> tuple[dict[str, Value], dic
 
 
 def read_entry(cursor: Cursor, name: str) -> tuple[Kind, tuple[int, ...], int]:
-    """Read a tensor's kind, its shape from the slowest dimension to the fastest, and where it lies."""
+    """Read a tensor's kind, its shape (slowest dimension first) and its offset."""
     if not 1 <= (dimensions := cursor.number()) <= MAX_DIMENSIONS:
         raise Damaged(f"{quoted(name)} must have 1 to {MAX_DIMENSIONS} dimensions, got {dimensions}")
     shape = tuple(reversed([cursor.number(8) for _ in range(dimensions)]))
@@ -211,7 +211,7 @@ def read_entry(cursor: Cursor, name: str) -> tuple[Kind, tuple[int, ...], int]:
 
 
 def place(entries: dict, start: int, alignment: int, source: SourceFile) -> dict[str, Tensor]:
-    """Say where in the file the tensors lie, one after another, each aligned.
+    """Locate the tensors, which follow one another in the file, each aligned.
 
     Raises:
         Damaged: they overlap, leave gaps, or end beyond the file.

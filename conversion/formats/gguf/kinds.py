@@ -1,4 +1,4 @@
-"""The types of elements and of metadata that a GGUF file knows, by the numbers that stand in it.
+"""The types of elements and of metadata in a GGUF file, by their numbers.
 
 Source: llama.cpp, ggml/include/ggml.h (`ggml_type`) and gguf.h (`gguf_type`); gguf 0.19.0, constants.py.
 """
@@ -12,17 +12,17 @@ from ..storage import BY_NAME, Dtype
 
 
 class Kind(NamedTuple):
-    """How a tensor's elements are stored; those of a quantised one in blocks that share a scale."""
+    """How elements are stored; quantised ones in blocks that share a scale."""
 
     name: str
     number: int
     block: int  # elements
     block_bytes: int
-    exact: str | None = None  # the type whose elements it holds as they are
+    exact: str | None = None  # type of the elements, if they are not quantised
 
     @property
     def dtype(self) -> Dtype:
-        """The type in which its elements are read."""
+        """The type that its elements are read in."""
         return BY_NAME[self.exact or "float32"]
 
     def bytes_of(self, shape: tuple[int, ...]) -> int:
@@ -49,13 +49,13 @@ KINDS = (
 BY_NUMBER = {kind.number: kind for kind in KINDS}
 BY_KIND = {kind.name: kind for kind in KINDS}
 EXACT = {kind.exact: kind for kind in KINDS if kind.exact}
-# Those that the gguf package makes, and with them the proof that a file's blocks are what its source quantises to.
+# Kinds that the gguf package can make, so that a file's blocks can be compared with its source, quantised again.
 RECOMPUTED = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
-# What `--dtype` names -> the number by which `general.file_type` says what most tensors are
+# Value of `--dtype` -> number of `general.file_type`, the type of most tensors
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2, "q8_0": 7}
 
 # Types of metadata
-SCALARS = {  # number -> as numpy reads it
+SCALARS = {  # number -> numpy's type
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),

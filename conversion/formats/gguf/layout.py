@@ -1,4 +1,4 @@
-"""A GGUF file laid out to the byte before a tensor is written."""
+"""Lay out a GGUF file to the byte before a tensor is written."""
 
 import numpy as np
 
@@ -10,10 +10,10 @@ VERSION = 3
 
 
 class GgufLayout:
-    """Fix where every byte of a GGUF file goes.
+    """The place of every byte of a GGUF file.
 
     Args:
-        metadata: texts, numbers, flags and lists of one of these, as they are.
+        metadata: texts, numbers, flags, and lists of one of these.
         tensors: (name, type, shape), in order.
     """
 
@@ -38,7 +38,7 @@ class GgufLayout:
         self.size = data + end
 
     def fixed(self, checksums: list[int]) -> list[tuple[int, bytes]]:
-        """Return all that is not a tensor as (offset, bytes)."""
+        """Return all other bytes as (offset, bytes)."""
         return [(0, self._head), *self._gaps]
 
 
@@ -52,7 +52,7 @@ def encode_text(text: str) -> bytes:
 
 
 def encode(value: Value) -> bytes:
-    """Write a value after the number of its type."""
+    """Return a value's bytes, after the number of its type."""
     number, content = encode_value(value)
     return number.to_bytes(4, "little") + content
 

@@ -1,4 +1,4 @@
-"""A GGUF file opened as a checkpoint."""
+"""Open a GGUF file as a checkpoint."""
 
 import tempfile
 from pathlib import Path
@@ -23,20 +23,20 @@ from .carried import unpack
 from .file import Gguf, Tensor, read_gguf
 
 NARROW = ("bfloat16", "float16")
-SHAPES = "its metadata"  # what says the shapes
+SHAPES = "its metadata"  # keys that give the shapes
 
 
 def open_gguf(path: Path, llama_version: str | None, instruct: bool | None) -> Checkpoint:
-    """Open a GGUF file, or all of a model that is divided, by one of them; None means to infer.
+    """Open a GGUF file, or all files of a split model, given one of them; None means to infer.
 
-    The tokenizer's Hugging Face files are made in a folder that lasts as long as the checkpoint.
+    The tokenizer's Hugging Face files are made in a temporary folder that lasts as long as the checkpoint.
     """
     found = read_gguf(path)
     with system_errors(Path(tempfile.gettempdir()), "make room there, or name another place by TMPDIR"):
         made = tempfile.TemporaryDirectory(prefix="hf-llama3-")
         try:
             return open_read(found, made, llama_version, instruct)
-        except UserError as error:  # of files that lie in the one that was given
+        except UserError as error:  # of the files that the given one carries
             raise UserError(str(error).replace(made.name, str(path))) from error
 
 
@@ -99,7 +99,7 @@ def open_read(found: Gguf, made, llama_version: str | None, instruct: bool | Non
 
 
 def say_quantised(tensors: dict[str, Tensor], path: Path, inferred: list[str]):
-    """Say which kinds of blocks are decoded.
+    """Return a remark about the kinds of blocks that are decoded.
 
     Raises:
         UserError: the package that decodes them is missing.
@@ -123,10 +123,10 @@ def read_factors(tensor: Tensor | None, path: Path) -> np.ndarray | None:
 
 
 def read_carried(found: Gguf, folder: Path, config: dict, factors, inferred: list[str]) -> dict | None:
-    """Write the Hugging Face files that a file carries into a folder and return their configuration.
+    """Write the Hugging Face files that a file carries into a folder, and return their configuration.
 
     Returns:
-        None where it carries none, or they are not of this model.
+        None if it carries none, or they belong to another model.
     """
     files = unpack(found.metadata, found.path)
     if not files or "config.json" not in files:
@@ -148,7 +148,7 @@ def read_carried(found: Gguf, folder: Path, config: dict, factors, inferred: lis
 
 
 def make_tokenizer(found: Gguf, folder: Path, config: dict, inferred: list[str]):
-    """Write the tokenizer's Hugging Face files, or say why there are none."""
+    """Write the tokenizer's Hugging Face files, or note why there are none."""
     try:
         write_files(folder, read_gguf_tokenizer(found.metadata, found.path, config["max_position_embeddings"]))
     except OtherTokenizer as error:
@@ -156,7 +156,7 @@ def make_tokenizer(found: Gguf, folder: Path, config: dict, inferred: list[str])
 
 
 def add_stops(tokens: list[str], config: dict):
-    """Let an instruct model of Llama 3 stop where llama.cpp does: at every token that ends a text, by its name."""
+    """Let an instruct model of Llama 3 stop where llama.cpp does: at every token whose name ends a text."""
     stops = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
     named = [tokens.index(name) for name in (END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN) if name in tokens]
     ids = sorted({*stops, *named} - {None})
@@ -164,7 +164,7 @@ def add_stops(tokens: list[str], config: dict):
 
 
 def narrow_vectors(shards: dict, inferred: list[str]):
-    """Give vectors in the type of the matrices where that holds all their values: llama.cpp wants them in float32."""
+    """Read vectors, which llama.cpp stores in float32, in the type of the matrices if that holds their values."""
     vectors = {name: tensor for name, (tensor,) in shards.items() if len(tensor.shape) == 1}
     others = {tensor.dtype.name for name, (tensor,) in shards.items() if name not in vectors}
     stored = all(isinstance(one, StoredTensor) and one.dtype.name == "float32" for one in vectors.values())
