@@ -143,7 +143,7 @@ def test_one_process_says_what_is_wrong(folders, tmp_path):
     result = torchrun("-m", "hf_llama3", "generate", folders / "nowhere", "abc", "--parallel", "tensor")
     assert result.returncode and result.stderr.count("error") >= 1
     assert len([line for line in result.stderr.splitlines() if line.startswith("error")]) == 1, result.stderr
-    (tmp_path / "long.txt").write_text("short\n" + "ab" * 2**20)
+    (tmp_path / "long.txt").write_text("short\n" + "ab" * 2**19)
     result = torchrun(
         "-m", "hf_llama3", "generate", folders / "tied", "--prompts", tmp_path / "long.txt", "--parallel", "data"
     )
@@ -279,7 +279,7 @@ def test_what_is_refused_leaves_nothing_behind(folders, tmp_path):
     options = ["--output", output, "--max-new-tokens", 4]
     assert "--temperature must be between" in refuse("generate", model, "a", *options, "--temperature", 1000)
     assert "--batch-size must be at least 1, got 0" in refuse("generate", model, "a", *options, "--batch-size", 0)
-    prompts.write_text("short\n" + "ab" * 2**20)
+    prompts.write_text("short\n" + "ab" * 2**19)
     assert "must fit the model's context" in refuse("generate", model, "--prompts", prompts, *options)
     prompts.write_text("")
     assert "there must be at least one prompt, got none" in refuse("generate", model, "--prompts", prompts, *options)
