@@ -169,14 +169,9 @@ def fetch_file(name: HubName, commit: str, file: str, place: Path) -> Path:
         UserError: in one sentence what the Hub or the way to it did, and what to do.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
-    try:
+    with hub_errors(name):
         return Path(hf_hub_download(name.repo, file, revision=commit, local_dir=place))
-    except LocalEntryNotFoundError as error:
-        raise UserError(explain(error.__cause__ or error, name)) from error
-    except (OSError, HTTPError, ValueError) as error:
-        raise UserError(explain(error, name)) from error
 
 
 def add_hollow_weights(name: HubName, commit: str, folder: Path) -> bool:
@@ -224,14 +219,22 @@ def download(name: HubName, patterns, but=None) -> Path:
         UserError: in one sentence what the Hub or the way to it did, and what to do.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
-    try:
+    with hub_errors(name):
         return Path(
             snapshot_download(
                 name.repo, revision=name.revision, allow_patterns=list(patterns), ignore_patterns=but and list(but)
             )
         )
+
+
+@contextlib.contextmanager
+def hub_errors(name: HubName):
+    """Turn errors of the Hub, of the network and of the cache into a sentence."""
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+    try:
+        yield
     except LocalEntryNotFoundError as error:  # the library's cause says more
         raise UserError(explain(error.__cause__ or error, name)) from error
     except (OSError, HTTPError, ValueError) as error:
