@@ -31,7 +31,7 @@ from .formats.storage import BY_NAME, Identity, identity
 from .formats.writing import is_whole, write_tensors
 from .opening import open_checkpoint
 from .plan import DEFAULT_SHARD_SIZE, TORCHTITAN, Plan, plan_dcp, plan_gguf, plan_hf, plan_meta
-from .provenance import PROVENANCE, ConversionReport, make_provenance
+from .provenance import MEMORY_BYTES, PROVENANCE, ConversionReport, make_provenance
 from .streaming import JOURNAL, Stream, check_streamed, kept_files, stream_of, write_streamed
 from .tokenizer.files import read_sentencepiece, tokenizer_paths
 from .tokenizer.rows import require_rows, resize, tokens_without_rows
@@ -40,7 +40,6 @@ from .verify import VerificationReport, verify_checkpoints
 TARGETS = ("hf", "meta", "dcp", "gguf")
 SHORT = {kind.name: kind.exact for kind in EXACT.values()}  # "bf16" -> "bfloat16"
 SMALL = (".json", ".model", ".jinja", ".txt", ".chk", ".jsonl")  # small files that are read besides the weights
-MEMORY_BYTES = 700 * 10**6  # benchmarks/conversion.py and tests/conversion/test_memory.py hold it
 
 
 def convert(
@@ -251,12 +250,8 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify, progress
                 report.resumed, report.largest_error = write_streamed(
                     plan, folder, streamed, lambda: plan_from(streamed.folder), bar.update, verify
                 )
-            for file in plan.files if not streamed else ():
-                if is_whole(folder / file.name, file):
-                    report.resumed.append(file.name)
-                    bar.update(file.layout.size)
-                else:
-                    write_tensors(file, folder, bar.update)
+            else:
+                report.resumed = write_planned(plan, folder, bar.update)
         if checked is not None:
             checked.result()
             report.notes.append(f"the source's files have the hashes of its {CHECKLIST}")
@@ -275,6 +270,18 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify, progress
         write_files(folder, {PROVENANCE: make_provenance(plan, None)})
     (folder / JOURNAL).unlink(missing_ok=True)
     report.files = {name: path.stat().st_size for name, path in files_in(folder).items()}
+
+
+def write_planned(plan: Plan, folder: Path, progress) -> list[str]:
+    """Write all files of tensors of a plan; return those that an earlier run had finished."""
+    resumed = []
+    for file in plan.files:
+        if is_whole(folder / file.name, file):
+            resumed.append(file.name)
+            progress(file.layout.size)
+        else:
+            write_tensors(file, folder, progress)
+    return resumed
 
 
 def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool, compared: bool) -> VerificationReport:

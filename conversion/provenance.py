@@ -13,6 +13,7 @@ from .plan import Plan
 from .verify import VerificationReport
 
 PROVENANCE = "provenance.json"
+MEMORY_BYTES = 700 * 10**6  # the most that any conversion needs; benchmarks/conversion.py and test_memory.py hold it
 # Rules for the keys of each file
 PROVENANCE_FACTS = dict.fromkeys(("source", "format", "llama_version", "hf_llama3"), text())
 PROVENANCE_FACTS |= {"shards": whole(), "cast_to": optional(text()), "verified": optional(OBJECT)}

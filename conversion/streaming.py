@@ -5,21 +5,18 @@ a journal in the unfinished target lists the files whose tensors are in their pl
 """
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from hf_llama3.errors import UserError, shown
-from hf_llama3.files.atomic import OURS, finish, parent_of, write_file
+from hf_llama3.files.atomic import OURS, finish, parent_of, sync, write_file
 from hf_llama3.files.json import read_json, to_json
 from hf_llama3.files.schema import OBJECT, check, text
 
 from .formats.storage import SourceFile, write_all
-from .formats.writing import reserve
+from .formats.writing import checksum_if_written, reserve
 from .hub import HubName, fetch_file, hollow_files, parse_name, sizes_to_fetch
 from .plan import Plan
 from .tokenizer.files import hash_of
@@ -145,7 +142,7 @@ def write_streamed(
                     raise UserError(f"{shown(file)} of {stream.name.repo} is not what its header said; try again")
                 journal["done"][file] = write_from(again, file, folder, verify)
                 for one in plan.files:
-                    sync_file(folder / f"{one.name}.partial")
+                    sync(folder / f"{one.name}.partial")
             if again.cast is not None:
                 error = max(error or 0.0, again.cast.largest_error)
             write_file(folder / JOURNAL, to_json(journal))
@@ -177,20 +174,9 @@ def write_from(plan: Plan, name: str, folder: Path, verify: bool) -> dict[str, d
                     continue
                 checksum = assembly.write(out, offset, lambda count: None, file.layout.needs_checksums)
                 found.setdefault(file.name, {})[str(index)] = checksum
-                if verify and not is_written(assembly, path, offset):
+                if verify and checksum_if_written(assembly, SourceFile(path), offset, with_checksum=False) is None:
                     raise UserError(f"{path} differs from its source in {shown(tensor)}; please report this")
     return found
-
-
-def is_written(assembly, path: Path, offset: int) -> bool:
-    """Tell whether a file holds a tensor, to the bit."""
-    written = SourceFile(path)
-    for block in assembly.blocks():
-        there = np.frombuffer(written.read(offset, block.nbytes), np.uint8)
-        if not np.array_equal(block.reshape(-1).view(np.uint8), there):
-            return False
-        offset += block.nbytes
-    return True
 
 
 def read_journal(folder: Path, plan: str) -> dict:
@@ -212,11 +198,6 @@ def make_room(path: Path, size: int, journal: dict):
         journal["done"].clear()
         with open(path, "wb", buffering=0) as out:
             reserve(out, size)
-
-
-def sync_file(path: Path):
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def kept_files(plan: Plan, folder: Path) -> list[str]:

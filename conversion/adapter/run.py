@@ -7,10 +7,8 @@ from hf_llama3.errors import UserError
 from hf_llama3.files.atomic import check_target, is_checkpoint, staging, write_files
 
 from ..formats.gguf import is_gguf
-from ..provenance import ConversionReport
+from ..provenance import MEMORY_BYTES, ConversionReport
 from .crossing import check_crossed, cross_adapter
-
-MEMORY_BYTES = 700 * 10**6  # more than the matrices of any adapter take four times
 
 
 def convert_adapter(source: Path, target: Path, to, given: dict, dry_run: bool, overwrite: bool) -> ConversionReport:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_llama3.files.atomic import finish
 
-from .storage import SourceFile, write_all
+from .storage import Assembly, SourceFile, write_all
 
 WORKERS = 2  # threads: one moves bytes while the other hashes or rearranges
 
@@ -19,18 +19,26 @@ def is_whole(path: Path, file) -> bool:
     """Tell whether a file of an earlier run is what would be written, to the bit."""
     if not path.is_file() or path.stat().st_size != file.layout.size:
         return False
-    written, checksums = SourceFile(path).bytes, []
+    written, checksums = SourceFile(path), []
     for (_, assembly), offset in zip(file.tensors, file.layout.offsets, strict=True):
-        checksum = 0
-        for block in assembly.blocks():
-            there = written[offset : offset + block.nbytes]
-            if not np.array_equal(block.reshape(-1).view(np.uint8), there):
-                return False
-            checksum = zlib.crc32(there, checksum) if file.layout.needs_checksums else 0
-            offset += block.nbytes
+        checksum = checksum_if_written(assembly, written, offset, file.layout.needs_checksums)
+        if checksum is None:
+            return False
         checksums.append(checksum)
     pieces = file.layout.fixed(checksums)
-    return all(written[offset : offset + len(content)].tobytes() == content for offset, content in pieces)
+    return all(written.read(offset, len(content)) == content for offset, content in pieces)
+
+
+def checksum_if_written(assembly: Assembly, written: SourceFile, offset: int, with_checksum: bool) -> int | None:
+    """Return the CRC-32 of a tensor (0 if it is not wanted), or None if a file does not hold it, to the bit."""
+    checksum = 0
+    for block in assembly.blocks():
+        there = written.read(offset, block.nbytes)
+        if not np.array_equal(block.reshape(-1).view(np.uint8), np.frombuffer(there, np.uint8)):
+            return None
+        checksum = zlib.crc32(there, checksum) if with_checksum else 0
+        offset += block.nbytes
+    return checksum
 
 
 def write_tensors(file, folder: Path, progress):
