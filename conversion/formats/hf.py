@@ -8,10 +8,10 @@ from hf_llama3.files.json import read_json
 
 from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, same_tensors
 from ..config.hf import head_of, read_config, read_more_config
-from ..config.params import infer_version
 from ..config.schema import INDEX_MAP, read_small_files
-from ..tokenizer.bpe import find_hf_tokenizer, special_tokens
-from ..tokenizer.templates import DEFAULT, read_chat_templates
+from ..tokenizer.bpe import special_tokens
+from ..tokenizer.facts import read_tokenizer_facts
+from ..tokenizer.templates import DEFAULT
 from ..weights import BIAS_KEYS, EMBEDDING, LANGUAGE_MODEL, OUTPUT, name_in_file, rows
 from .dcp import find_dcp, read_dcp
 from .names import is_rope_table, settle
@@ -37,20 +37,14 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
     tensors, order, said = settle(found, folder)
     inferred += said
     check_layers(config["num_hidden_layers"], len(tensors), folder)
-    tokenizer, kind, family = find_hf_tokenizer(folder)
-    version, why = infer_version(config, family, llama_version, folder)
-    inferred.append(f"Llama {version}: {why}")
-    templates = read_chat_templates(folder)
-    if instruct is None:
-        instruct = bool(templates)
-        inferred.append("instruct: there is a chat template" if instruct else "base: there is no chat template")
-    if tokenizer is None:
+    told = read_tokenizer_facts(folder, config, folder, llama_version, instruct, inferred)
+    if told.tokenizer is None:
         inferred.append("no tokenizer: the folder has no tokenizer.json")
-    if len(templates) > 1:
-        inferred.append(f"chat templates: {', '.join(sorted(templates))}")
+    if len(told.templates) > 1:
+        inferred.append(f"chat templates: {', '.join(sorted(told.templates))}")
 
     biases, head = [key for key in BIAS_KEYS if config[key]], head_of(config)
-    table = rows(config["num_hidden_layers"], 1 if version == "2" else 0, biases, head)
+    table = rows(config["num_hidden_layers"], 1 if told.version == "2" else 0, biases, head)
     if order == "meta":
         inferred.append("names of tensors and order of their rows: Meta's")
         to_hf = {row.meta: row.hf for row in table}
@@ -70,14 +64,14 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
     names_as_is = {name_in_file(name, head) for name in tensors} - found.keys() <= {OUTPUT.hf}
     divides = config["hidden_size"] % config["num_attention_heads"] == 0  # or upstream's class refuses any `head_dim`
     return Checkpoint(
-        *(folder, "hf", config, table, shards, tokenizer, kind, version, instruct),
-        special_tokens=special_tokens(version) if kind == "tiktoken" else None,
-        chat_template=templates.get(DEFAULT),
+        *(folder, "hf", config, table, shards, told.tokenizer, told.kind, told.version, told.instruct),
+        special_tokens=special_tokens(told.version) if told.kind == "tiktoken" else None,
+        chat_template=told.templates.get(DEFAULT),
         generation_config=generation,
         inferred=inferred,
         order=order,
         more_config=read_more_config(folder / "config.json"),
-        hf_tokenizer=folder if tokenizer is not None else None,
+        hf_tokenizer=folder if told.tokenizer is not None else None,
         loads_as_is=names_as_is and divides and all(tensor.file.path.suffix == SUFFIX for tensor in tensors.values()),
     )
 

@@ -11,11 +11,11 @@ from hf_llama3.files.atomic import system_errors, write_files
 from ...checkpoint import Checkpoint, check_layers, check_names, check_shapes
 from ...config.gguf import ROPE_FACTORS, facts_to_config, read_metadata, read_token_ids, same_factors, unused_keys
 from ...config.hf import read_config, read_more_config
-from ...config.params import infer_version
 from ...config.schema import GEOMETRY, read_small_files
-from ...tokenizer.bpe import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN, find_hf_tokenizer
+from ...tokenizer.bpe import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN
+from ...tokenizer.facts import read_tokenizer_facts
 from ...tokenizer.gguf import OtherTokenizer, read_gguf_tokenizer
-from ...tokenizer.templates import DEFAULT, read_chat_templates
+from ...tokenizer.templates import DEFAULT
 from ...weights import BIAS_KEYS, EMBEDDING, LAYER_TABLE, OUTPUT, bias_of, rows
 from ..storage import BY_NAME, StoredTensor
 from .blocks import BlockTensor, NarrowedTensor, fits, gguf_package
@@ -65,19 +65,15 @@ def open_read(found: Gguf, made, llama_version: str | None, instruct: bool | Non
     else:
         make_tokenizer(found, folder, config, inferred)
         read_small_files(folder, config["vocab_size"])
-    tokenizer, kind, family = find_hf_tokenizer(folder)
-    version, why = infer_version(config, family, llama_version, path)
-    inferred.append(f"Llama {version}: {why}")
-    templates = read_chat_templates(folder)
-    if instruct is None:
-        instruct = bool(templates)
-        inferred.append("instruct: there is a chat template" if instruct else "base: there is no chat template")
-    if carried is None and instruct and family == "3":
+    told = read_tokenizer_facts(folder, config, path, llama_version, instruct, inferred)
+    if carried is None and told.instruct and told.family == "3":
         add_stops(metadata["tokenizer.ggml.tokens"], config)
     if unused := unused_keys(metadata):
         inferred.append(f"metadata that only GGUF has a place for: {', '.join(unused)}")
 
-    table = rows(config["num_hidden_layers"], 1 if version == "2" else 0, [key for key in BIAS_KEYS if config[key]])
+    table = rows(
+        config["num_hidden_layers"], 1 if told.version == "2" else 0, [key for key in BIAS_KEYS if config[key]]
+    )
     if config["tie_word_embeddings"]:
         tensors[OUTPUT.gguf] = embedding
     check_names(tensors.keys(), {row.gguf for row in table}, path)
@@ -85,21 +81,21 @@ def open_read(found: Gguf, made, llama_version: str | None, instruct: bool | Non
     check_shapes(table, shards, config, path, SHAPES)
     narrow_vectors(shards, inferred)
     return Checkpoint(
-        *(path, "gguf", config, table, shards, tokenizer, kind, version, instruct),
+        *(path, "gguf", config, table, shards, told.tokenizer, told.kind, told.version, told.instruct),
         special_tokens=None,
-        chat_template=templates.get(DEFAULT),
+        chat_template=told.templates.get(DEFAULT),
         generation_config=generation,
         inferred=inferred,
         order="meta",
         loads_as_is=False,
         more_config=more,
-        hf_tokenizer=folder if tokenizer is not None else None,
+        hf_tokenizer=folder if told.tokenizer is not None else None,
         keeps=made,
     )
 
 
 def say_quantised(tensors: dict[str, Tensor], path: Path, inferred: list[str]):
-    """Return a remark about the kinds of blocks that are decoded.
+    """Note in `inferred` which kinds of blocks are decoded.
 
     Raises:
         UserError: the package that decodes them is missing.
