@@ -6,7 +6,6 @@ rounds the product first. The product is computed in bands of rows that are larg
 in the whole product.
 """
 
-import math
 import threading
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,14 +17,14 @@ import numpy as np
 from hf_llama3.errors import UserError
 
 from ..checkpoint import Checkpoint
-from ..formats.dcp.chunks import ByHead
+from ..formats.dcp.gathered import GatheredArray, TensorOver
 from ..formats.hf import merge
 from ..formats.storage import Dtype, SourceFile, StoredTensor
 from ..weights import EMBEDDING, OUTPUT, half_to_interleaved, interleaved_to_half, sizes
 from .files import Pair, read_adapter
 
 BAND = 1024  # rows of a band, at least
-NARROWER = ("float16", "bfloat16")  # wider than float32, in which PEFT keeps an adapter
+NARROWER = ("float16", "bfloat16")  # than float32, to which PEFT widens an adapter
 
 
 class Product:
@@ -76,13 +75,13 @@ def load(tensor: StoredTensor):
 
 
 @dataclass(frozen=True, eq=False)
-class MergedArray:
-    """The array of a merged tensor; a slice or a list of rows returns their elements, merged."""
+class MergedArray(GatheredArray):
+    """The array of a merged tensor."""
 
     base: np.ndarray  # or any other array of the weight's rows
     file: SourceFile
     product: Product
-    stored: Dtype
+    dtype: Dtype
     first: tuple[int, int]  # first row and column of this part of the weight
     head_dim: int | None  # if rows are in Meta's order, else None
 
@@ -90,19 +89,12 @@ class MergedArray:
     def shape(self) -> tuple[int, int]:
         return self.base.shape
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.stored.itemsize
+    def cut(self, rows: slice, columns: slice = slice(None)) -> "MergedArray":
+        starts = [part.indices(size)[0] for part, size in zip((rows, columns), self.shape, strict=True)]
+        first = tuple(one + more for one, more in zip(self.first, starts, strict=True))
+        return replace(self, base=self.base[rows, columns], first=first)
 
-    def __getitem__(self, index):
-        if isinstance(index, tuple):
-            rows, columns = (*index, slice(None))[:2]
-            starts = [part.indices(size)[0] for part, size in zip((rows, columns), self.shape, strict=True)]
-            first = tuple(one + more for one, more in zip(self.first, starts, strict=True))
-            return replace(self, base=self.base[rows, columns], first=first)
-        if isinstance(index, list):
-            return np.concatenate([self[row : row + 1] for row in index])
-        start, stop, _ = index.indices(self.shape[0])
+    def gather(self, start: int, stop: int) -> np.ndarray:
         return self.merge(self.file.take(self.base[start:stop]), start + self.first[0], stop + self.first[0])
 
     def merge(self, block: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -116,19 +108,15 @@ class MergedArray:
             added = half_to_interleaved(added, self.head_dim).reshape(added.shape)
         column = self.first[1]
         added = added[start - low : stop - low, column : column + self.shape[1]]
-        signed = np.array(block).view(f"<i{self.stored.itemsize}")
-        weight = torch.from_numpy(signed).view(getattr(torch, self.stored.name))
+        signed = np.array(block).view(f"<i{self.dtype.itemsize}")
+        weight = torch.from_numpy(signed).view(getattr(torch, self.dtype.name))
         weight += added.to(weight.dtype) if self.product.turned else added
-        return signed.view(f"<u{self.stored.itemsize}")
-
-    def reshape(self, heads: int, *shape: int) -> ByHead:
-        """Divide the rows among heads, whose number is inferred."""
-        return ByHead(self, shape)
+        return signed.view(f"<u{self.dtype.itemsize}")
 
 
 @dataclass(eq=False)
-class MergedTensor:
-    """Where a weight and its adapter lie; the counterpart of `StoredTensor`."""
+class MergedTensor(TensorOver):
+    """Where a weight and its adapter lie."""
 
     base: StoredTensor  # or one in pieces
     product: Product
@@ -140,33 +128,12 @@ class MergedTensor:
         return self.base.dtype
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.base.nbytes
-
-    @property
-    def file(self) -> SourceFile:
-        return self.base.file
-
-    @property
-    def paths(self) -> list[Path]:
-        """The files of the model that it lies in."""
-        return self.base.paths
-
-    @property
     def pieces(self) -> list[StoredTensor]:
         return [*getattr(self.base, "pieces", [self.base]), self.product.pair.a, self.product.pair.b]
 
     @cached_property
     def array(self) -> MergedArray:
         return MergedArray(self.base.array, self.file, self.product, self.dtype, self.first, self.head_dim)
-
-    def read(self) -> bytes:
-        """Return the bytes of a small tensor."""
-        return self.array[:].tobytes()
 
 
 def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:

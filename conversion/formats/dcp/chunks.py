@@ -1,6 +1,5 @@
 """A tensor stored in pieces, in one file or several: gathered a few rows at a time, never whole."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,31 +7,20 @@ from pathlib import Path
 import numpy as np
 
 from ..storage import Dtype, SourceFile, StoredTensor
+from .gathered import GatheredArray, GatheredTensor
 
 Band = tuple[int, int, list[np.ndarray]]  # first row, the row after the last, arrays to concatenate by columns
 
 
 @dataclass(frozen=True, eq=False)
-class ChunkedArray:
-    """The array of a tensor in pieces, of one or two dimensions, with the operations of a stored tensor's array.
-
-    A tuple of slices cuts it without reading; a slice or a list of rows returns their elements.
-    """
+class ChunkedArray(GatheredArray):
+    """The array of a tensor in pieces."""
 
     bands: list[Band]
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def __getitem__(self, index):
-        if isinstance(index, tuple):
-            return self.cut(*index)
-        if isinstance(index, list):
-            return np.concatenate([self[row : row + 1] for row in index])
-        start, stop, _ = index.indices(self.shape[0])
+    def gather(self, start: int, stop: int) -> np.ndarray:
         pieces = [np.empty((0, *self.shape[1:]), self.dtype)]
         for first, end, arrays in self.bands:
             low, high = max(start, first), min(stop, end)
@@ -52,10 +40,6 @@ class ChunkedArray:
         width = tuple(len(range(*columns.indices(size))) for size in width)
         return ChunkedArray(bands, (max(stop - start, 0), *width), self.dtype)
 
-    def reshape(self, heads: int, *shape: int) -> "ByHead":
-        """Divide the rows among heads, whose number is inferred."""
-        return ByHead(self, shape)
-
 
 def cut_columns(arrays: list[np.ndarray], columns: slice) -> list[np.ndarray]:
     """Return columns of arrays that are side by side."""
@@ -67,38 +51,9 @@ def cut_columns(arrays: list[np.ndarray], columns: slice) -> list[np.ndarray]:
     return [array for array in found if array.shape[1]] or found[:1]
 
 
-@dataclass(frozen=True, eq=False)
-class ByHead:
-    """The rows of a gathered array by heads, reordered; a slice of heads returns their elements."""
-
-    base: ChunkedArray
-    inner: tuple[int, ...]  # of a head, as stored
-    swapped: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        one, other, *rest = self.inner
-        inner = (other, one) if self.swapped else (one, other)
-        return (self.base.shape[0] // (one * other), *inner, *rest)
-
-    @property
-    def nbytes(self) -> int:
-        return self.base.nbytes
-
-    def swapaxes(self, one: int, other: int) -> "ByHead":
-        assert (one, other) == (1, 2)
-        return ByHead(self.base, self.inner, not self.swapped)
-
-    def __getitem__(self, heads: slice):
-        start, stop, _ = heads.indices(self.shape[0])
-        rows = self.inner[0] * self.inner[1]
-        block = self.base[start * rows : stop * rows].reshape(-1, *self.inner)
-        return block.swapaxes(1, 2) if self.swapped else block
-
-
 @dataclass(eq=False)
-class ChunkedTensor:
-    """Where the pieces of a tensor are; the counterpart of `StoredTensor`."""
+class ChunkedTensor(GatheredTensor):
+    """Where the pieces of a tensor are."""
 
     dtype: Dtype
     shape: tuple[int, ...]
@@ -117,18 +72,10 @@ class ChunkedTensor:
     def paths(self) -> list[Path]:
         return [piece.file.path for piece in self.pieces]
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
     @cached_property
     def array(self) -> ChunkedArray:
         bands = [(first, end, [piece.array for piece in pieces]) for first, end, pieces in self.bands]
         return ChunkedArray(bands, self.shape, np.dtype(f"<u{self.dtype.itemsize}"))
-
-    def read(self) -> bytes:
-        """Return the bytes of a small tensor."""
-        return self.array[:].tobytes()
 
 
 def lay_out(chunks: dict[tuple[int, ...], StoredTensor], shape: tuple[int, ...]):

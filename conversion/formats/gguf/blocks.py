@@ -12,7 +12,7 @@ import numpy as np
 
 from hf_llama3.errors import UserError
 
-from ..dcp.chunks import ByHead
+from ..dcp.gathered import GatheredArray, GatheredTensor, TensorOver
 from ..storage import BY_NAME, Dtype, SourceFile, StoredTensor, to_floats
 from .kinds import Kind
 
@@ -34,11 +34,8 @@ def gguf_package(why: str):
 
 
 @dataclass(frozen=True, eq=False)
-class DecodedArray:
-    """The array of a decoded tensor, of one or two dimensions, with the operations of a stored tensor's array.
-
-    A tuple of slices cuts it without reading; a slice or a list of rows returns their elements.
-    """
+class DecodedArray(GatheredArray):
+    """The array of a decoded tensor."""
 
     file: SourceFile
     stored: np.ndarray  # a view of the file, with a row for each row of elements
@@ -47,16 +44,8 @@ class DecodedArray:
     dtype: np.dtype
     columns: tuple[int, int] | None = None  # the columns that it is cut to, if any
 
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-    def __getitem__(self, index):
-        if isinstance(index, tuple):
-            return self.cut(*index)
-        if isinstance(index, list):
-            return np.concatenate([self[row : row + 1] for row in index])
-        elements = self.decode(self.file.take(self.stored[index]))
+    def gather(self, start: int, stop: int) -> np.ndarray:
+        elements = self.decode(self.file.take(self.stored[start:stop]))
         return elements if self.columns is None else elements[:, slice(*self.columns)]
 
     def cut(self, rows: slice, columns: slice = slice(None)) -> "DecodedArray":
@@ -68,14 +57,10 @@ class DecodedArray:
         shape = (len(stored), max(stop - start, 0))
         return DecodedArray(self.file, stored, self.decode, shape, self.dtype, (first + start, first + stop))
 
-    def reshape(self, heads: int, *shape: int) -> ByHead:
-        """Divide the rows among heads, whose number is inferred."""
-        return ByHead(self, shape)
-
 
 @dataclass(eq=False)
-class BlockTensor:
-    """Where the blocks of a quantised tensor are; the counterpart of `StoredTensor`."""
+class BlockTensor(GatheredTensor):
+    """Where the blocks of a quantised tensor are; its elements are float32."""
 
     file: SourceFile
     kind: Kind
@@ -90,11 +75,6 @@ class BlockTensor:
     def paths(self) -> list[Path]:
         return [self.file.path]
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of its decoded elements."""
-        return FLOAT32.bytes_of(self.shape)
-
     @cached_property
     def array(self) -> DecodedArray:
         width = self.kind.bytes_of(self.shape[-1:])
@@ -107,32 +87,13 @@ class BlockTensor:
         with np.errstate(all="ignore"):  # a scale may be anything that a float16 can
             return np.ascontiguousarray(gguf.dequantize(rows, kind), "<f4").view("<u4")
 
-    def read(self) -> bytes:
-        return self.array[:].tobytes()
-
 
 @dataclass(eq=False)
-class NarrowedTensor:
+class NarrowedTensor(TensorOver):
     """A float32 tensor, read in a narrower type that holds all its elements exactly."""
 
     base: StoredTensor
     dtype: Dtype
-
-    @property
-    def file(self) -> SourceFile:
-        return self.base.file
-
-    @property
-    def paths(self) -> list[Path]:
-        return self.base.paths
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.bytes_of(self.shape)
 
     @cached_property
     def array(self) -> DecodedArray:
@@ -141,9 +102,6 @@ class NarrowedTensor:
 
     def decode(self, bits: np.ndarray) -> np.ndarray:
         return narrow(bits, self.dtype)
-
-    def read(self) -> bytes:
-        return self.array[:].tobytes()
 
 
 def narrow(bits: np.ndarray, dtype: Dtype) -> np.ndarray:
