@@ -17,6 +17,7 @@ machine reads memory (a GPU: copies it). Medians; ratios come last. `starts` tim
 import argparse
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import statistics
@@ -361,48 +362,13 @@ def write_models(folder: Path, config, with_gguf: bool):
     (folder / "hf" / "config.json").write_text(json.dumps(written))
     if not with_gguf:
         return
-    try:
-        import gguf
-    except ImportError:
+    from hf_llama3.conversion import convert
+
+    if importlib.util.find_spec("gguf") is None:
         print("llama.cpp is left out: pip install llama-cpp-python gguf", file=sys.stderr)
         return
-    for kind in ("BF16", "Q8_0", "Q4_0"):
-        write_gguf(gguf, model, folder / f"{kind}.gguf", kind)
-
-
-def write_gguf(gguf, model, path: Path, kind: str):
-    """Write a model without a vocabulary; the head of a q4_0 model has q8_0, as that of our int4 has int8."""
-    from hf_llama3.conversion.weights import half_to_interleaved
-
-    config, writer = model.config, gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    ends = ("model.embed_tokens.weight", "lm_head.weight")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            weight = half_to_interleaved(weight, config.head_dim).reshape(weight.shape)
-        weight = weight.float().numpy()
-        target = names.get_name(name.removesuffix(".weight")) + ".weight"
-        if weight.ndim == 1:
-            writer.add_tensor(target, weight)
-            continue
-        to = gguf.GGMLQuantizationType["Q8_0" if kind == "Q4_0" and name in ends else kind]
-        writer.add_tensor(target, gguf.quantize(weight, to), raw_dtype=to)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    for kind in ("BF16", "Q8_0", "Q4_0"):  # the head of a q4_0 model has q8_0, as that of our int4 has int8
+        convert(folder / "hf", folder / f"{kind}.gguf", dtype=kind.lower(), verify=False)
 
 
 def time_kernels(args):

@@ -120,3 +120,10 @@ def hf_model(heads=8, kv_heads=4, tied=False, dtype=torch.bfloat16, seed=0, **mo
         for name, weight in model.named_parameters():
             weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
     return model.to(dtype).eval()
+
+
+def plain_folder(tmp_path, **options):
+    """Such a model, and a Hugging Face folder of it without a tokenizer."""
+    model = hf_model(**options)
+    model.save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain", model

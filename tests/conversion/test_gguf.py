@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL_VOCAB, hf_model, params, small_tokenizer, write_meta
+from checkpoints import SMALL_VOCAB, hf_model, params, plain_folder, small_tokenizer, write_meta
 from command_line import refuse, run
 from gguf_files import copy_values, name_in_gguf, permuted, rope_factors, write_gguf
 from safetensors.torch import load_file
@@ -21,12 +21,6 @@ from hf_llama3.errors import UserError
 IDS = torch.arange(5, 40)[None]
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
-
-
-def plain_folder(tmp_path, **options):
-    model = hf_model(**options)
-    model.save_pretrained(tmp_path / "plain")
-    return tmp_path / "plain", model
 
 
 def same_tensors(one, other):

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL_VOCAB, hf_model, params, small_tokenizer, write_meta
+from checkpoints import SMALL_VOCAB, hf_model, params, plain_folder, small_tokenizer, write_meta
 from command_line import refuse, run
 from gguf_files import copy_values, name_in_gguf, permuted, rope_factors, write_gguf
 from safetensors.torch import load_file, save_file
@@ -46,12 +46,6 @@ def instruct(meta):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"my_key": [1, 2]}, indent=2))
     return folder
-
-
-def plain_folder(tmp_path, **options):
-    model = hf_model(**options)
-    model.save_pretrained(tmp_path / "plain")
-    return tmp_path / "plain", model
 
 
 def texts(folder):
