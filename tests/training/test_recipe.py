@@ -205,11 +205,11 @@ def test_ways_to_compute_the_same(more, text, tmp_path, monkeypatch):
 def test_in_bfloat16(text, tmp_path):
     """Losses keep the first two digits, and are not float32's."""
     plain, other = [
-        train(text, tmp_path / str(bf16), make_settings(**vars(SMALL) | {"dropout": 0.0, "steps": 4, "bf16": bf16}))
+        train(text, tmp_path / str(bf16), make_settings(**vars(SMALL) | {"dropout": 0.0, "steps": 8, "bf16": bf16}))
         for bf16 in (False, True)
     ]
     theirs, ours = [[loss for _, loss in report.curves["training"]] for report in (plain, other)]
-    assert ours == pytest.approx(theirs, rel=1e-2) and ours != theirs
+    assert ours == pytest.approx(theirs, rel=1e-2) and ours != pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize("instructions", [("avx2", "fma3"), ("avx2", "avx512_f", "avx512_bf16")])
