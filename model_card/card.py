@@ -7,16 +7,17 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from hf_llama3.conversion import CheckpointInfo, inspect
+from hf_llama3.conversion.config.gguf import config_to_metadata
 from hf_llama3.conversion.config.params import UNKNOWN_VERSION
 from hf_llama3.conversion.provenance import read_evaluations, read_provenance, read_training
 from hf_llama3.conversion.tokenizer.bounds import read_tokenizer_file
+from hf_llama3.conversion.tokenizer.gguf import kind_of
 from hf_llama3.errors import UserError
 from hf_llama3.files.atomic import system_errors, write_file
 from hf_llama3.files.facts import CURVES_FILE, __version__
 from hf_llama3.files.hashes import CHECKSUMS, HEX_DIGITS, hash_file, read_sums
 from hf_llama3.files.progress import byte_bar
 from hf_llama3.files.reading import check_file, read_text
-from hf_llama3.presets import VOCAB_SIZE
 from hf_llama3.remote_code import CODE_FILES, carries_code
 
 from .front_matter import REPOSITORY, check_card, read_front_matter, split_card, write_front_matter
@@ -64,7 +65,7 @@ def build_card(
         raise UserError(f"{folder} has no licence yet; add --license with the one you choose, such as apache-2.0")
     for identifier in as_list(license):
         check_license(identifier, written)
-    training = read_training(folder)
+    training, tokenizer = read_training(folder), read_tokenizer(folder)
     front_matter = {"license": license, "library_name": "transformers", "pipeline_tag": TASKS[info.head]}
     front_matter |= base_model_of(provenance, training)
     tags = ["llama", *(["llama-3"] if version.startswith("3") or training else [])]
@@ -81,8 +82,8 @@ def build_card(
         llama="Llama" if version == UNKNOWN_VERSION else f"Llama {version.removesuffix('.0')}",
         non_embedding=info.num_parameters - embeddings_of(info),
         own_type=carries_code(folder),
-        tokenizer=tokenizer_of(folder, info.config),
-        is_metas_vocabulary=version != "2" and info.config["vocab_size"] == VOCAB_SIZE,
+        tokenizer=tokenizer and describe_tokenizer(tokenizer, info.config),
+        llama_cpp_takes_it=is_for_llama_cpp(tokenizer, info.config, folder),
         memory=memory_of(info),
         provenance=provenance,
         training=training and training | {"uniform_loss": math.log(training["vocab_size"])},
@@ -178,12 +179,21 @@ def format_size(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def tokenizer_of(folder: Path, config: dict) -> str | None:
-    """Describe a tokenizer: its kind, and the tokens that begin and end texts."""
+def read_tokenizer(folder: Path) -> dict | None:
     path = folder / "tokenizer.json"
-    if not path.exists():
-        return None
-    tokenizer = read_tokenizer_file(path)
+    return read_tokenizer_file(path) if path.exists() else None
+
+
+def is_for_llama_cpp(tokenizer: dict | None, config: dict, folder: Path) -> bool:
+    """Tell whether llama.cpp has a place for all of a model: its layers, its RoPE and its tokenizer."""
+    try:
+        return bool(tokenizer and config_to_metadata(config, folder) and kind_of(tokenizer))
+    except UserError:
+        return False
+
+
+def describe_tokenizer(tokenizer: dict, config: dict) -> str | None:
+    """Describe a tokenizer: its kind, and the tokens that begin and end texts."""
     names = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or []}
     facts = [tokenizer["model"]["type"]] if "type" in tokenizer["model"] else []
     for title, key in (("begins with", "bos_token_id"), ("ends with", "eos_token_id")):

@@ -14,7 +14,7 @@ from hf_llama3.files.json import read_json
 from hf_llama3.files.schema import FLAG, Rule, check, mapped, number, optional, text, whole
 
 from ..formats.hf import ADAPTER as CONFIG
-from ..formats.hf import INDEX, merge
+from ..formats.hf import INDEX, merging_by_peft
 from ..formats.pth import read_pth
 from ..formats.safetensors import read_safetensors
 from ..formats.storage import StoredTensor
@@ -119,7 +119,7 @@ def read_adapter(folder: Path) -> Adapter:
     if not path.is_file():
         raise UserError(f"--adapter must be a folder with an {CONFIG}, got {folder}; pass what PEFT saved")
     config = check(read_json(path), SCHEMA, path, REQUIRED, "; pass what PEFT saved")
-    remedy = f"merge it by PEFT: {merge(folder)}"
+    remedy = f"merge it by PEFT: {merging_by_peft(folder)}"
     if config["peft_type"] != "LORA":
         raise UserError(f"`peft_type` in {path} must be 'LORA', got {quoted(config['peft_type'])}; {remedy}")
     for key, meaning in BEYOND.items():
@@ -179,7 +179,7 @@ def matching(pattern: dict | None, module: str, folder: Path):
     for key, value in (pattern or {}).items():
         name = key.removeprefix("^").removesuffix("$")
         if not re.fullmatch(r"[\w.]+", name):
-            remedy = f"write the names, or merge it by PEFT: {merge(folder)}"
+            remedy = f"write the names, or merge it by PEFT: {merging_by_peft(folder)}"
             raise UserError(f"the patterns in {folder / CONFIG} must be names of modules, got {quoted(key)}; {remedy}")
         if module == name or (module.endswith(f".{name}") and not key.startswith("^")):
             return value

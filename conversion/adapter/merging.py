@@ -18,7 +18,7 @@ from hf_llama3.errors import UserError
 
 from ..checkpoint import Checkpoint
 from ..formats.dcp.gathered import GatheredArray, TensorOver
-from ..formats.hf import merge
+from ..formats.hf import merging_by_peft
 from ..formats.storage import Dtype, SourceFile, StoredTensor
 from ..weights import EMBEDDING, OUTPUT, half_to_interleaved, interleaved_to_half, sizes
 from .files import Pair, read_adapter
@@ -150,7 +150,7 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
             raise UserError(f"{folder} stands beside {name}, which {checkpoint.path} has not; take its own model")
         if checkpoint.tied and name in (EMBEDDING.hf, OUTPUT.hf):
             tied = f"{name}, which is embedding and head of {checkpoint.path} at once"
-            raise UserError(f"{folder} changes {tied}; untie them and merge by PEFT: {merge(folder)}")
+            raise UserError(f"{folder} changes {tied}; untie them and merge by PEFT: {merging_by_peft(folder)}")
         row, turned = table[name], name == EMBEDDING.hf
         shape = row.full_shape(sizes(checkpoint.config))
         made = (pair.b.shape[0], pair.a.shape[1])[:: -1 if turned else 1]

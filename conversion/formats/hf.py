@@ -1,5 +1,6 @@
 """Open a Hugging Face folder, and check its index and every header."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -105,16 +106,39 @@ def check_adapter(folder: Path, inferred: list[str]):
     """
     if any((folder / name).exists() for name in (SINGLE, INDEX, BIN, BIN_INDEX)):
         alone = f"to take the model alone, move {ADAPTER} elsewhere"
-        raise UserError(f"{folder} holds a model and an adapter beside it; {alone}; to merge it, {merge(folder)}")
+        raise UserError(f"{folder} holds a model and an adapter beside it; {alone}; to merge it, {merging(folder)}")
     inferred.append("the adapter beside the weights is left out: torchtune has merged it into them")
 
 
 def refuse_adapter(folder: Path):
-    raise UserError(f"{folder} is an adapter, not a model; merge it into its model: {merge(folder)}")
+    raise UserError(f"{folder} is an adapter, not a model; merge it into its model: {merging(folder)}")
 
 
-def merge(folder: Path) -> str:
-    """Return the command that merges an adapter into its model."""
+def merging(folder: Path) -> str:
+    """Return the command that merges an adapter into its model; of a commit in the Hub's cache, after a download."""
+    base, before = base_of_adapter(folder) or "MODEL", ""
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        repository = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+        folder = Path(repository.rpartition("/")[2])
+        before = f"{shlex.join(('hf', 'download', repository, '--local-dir', str(folder)))} && "
+    return before + shlex.join(
+        ("hf-llama3", "convert", base, f"{folder}-merged", "--to", "hf", "--adapter", str(folder))
+    )
+
+
+def base_of_adapter(folder: Path) -> str | None:
+    """Return the name or path of an adapter's model; None if its configuration has none that can be typed as it is."""
+    try:
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    except UserError:
+        return None
+    if not isinstance(base, str) or not base.strip() or base.startswith("-") or shown(base) != base:
+        return None
+    return None if Path(base) == folder else base
+
+
+def merging_by_peft(folder: Path) -> str:
+    """Return the command by which PEFT merges an adapter that is more than LoRA."""
     return (
         'python -c "from peft import AutoPeftModelForCausalLM as M; '
         f"model = M.from_pretrained('{folder}').merge_and_unload(); model.save_pretrained('{folder}-merged')\""

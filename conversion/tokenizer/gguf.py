@@ -214,19 +214,17 @@ def tokenizer_metadata(files: dict[str, bytes], rows: int, templates: dict[str, 
         OtherTokenizer: llama.cpp has no such tokenizer.
     """
     raw = parse_json(files["tokenizer.json"])
-    model = raw["model"]
-    if model.get("type", "BPE") != "BPE" or not isinstance(model["vocab"], dict):
-        raise OtherTokenizer(f"llama.cpp has no tokenizer of the kind {quoted(model.get('type'))}")
+    kind, model = kind_of(raw), raw["model"]
     tokens, types = [f"[PAD{index}]" for index in range(rows)], np.full(rows, UNUSED, "<i4")
     for token, index in model["vocab"].items():
         tokens[index], types[index] = token, NORMAL
     for token in raw.get("added_tokens") or []:
         tokens[token["id"]], types[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    if model.get("byte_fallback"):
-        kind = {"model": SENTENCEPIECE, "pre": "default"} | sentencepiece_lists(raw, tokens, types, merges)
+    if kind["model"] == SENTENCEPIECE:
+        kind |= sentencepiece_lists(raw, tokens, types, merges)
     else:
-        kind = {"model": BPE, "pre": SPLITS[split_of(raw)][0], "merges": [" ".join(merge) for merge in merges]}
+        kind["merges"] = [" ".join(merge) for merge in merges]
     named = names_of_roles(files, model)
     roles = {f"{role}_token_id": tokens.index(name) for role, name in named.items() if name in tokens}
     whole = read_tokenizer_json(files["tokenizer.json"], Path("tokenizer.json"))
@@ -241,6 +239,20 @@ def tokenizer_metadata(files: dict[str, bytes], rows: int, templates: dict[str, 
         metadata["tokenizer.chat_templates"] = named
         metadata |= {f"{TEMPLATE}.{name}": templates[name] for name in named}
     return metadata
+
+
+def kind_of(raw: dict) -> dict[str, str]:
+    """Return GGUF's names for a tokenizer.json's kind and its way of splitting texts.
+
+    Raises:
+        OtherTokenizer: llama.cpp has no such tokenizer.
+    """
+    model = raw["model"]
+    if model.get("type", "BPE") != "BPE" or not isinstance(model["vocab"], dict):
+        raise OtherTokenizer(f"llama.cpp has no tokenizer of the kind {quoted(model.get('type'))}")
+    if model.get("byte_fallback"):
+        return {"model": SENTENCEPIECE, "pre": "default"}
+    return {"model": BPE, "pre": SPLITS[split_of(raw)][0]}
 
 
 def split_of(raw: dict) -> str:

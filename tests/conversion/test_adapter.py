@@ -1,13 +1,14 @@
 """LoRA adapters: crossed to Meta's order and back, and merged on the way as PEFT merges them, to the bit."""
 
 import json
+import shlex
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import hf_model
-from command_line import run
+from command_line import refuse, run
 from gguf import GGUFReader
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -168,6 +169,19 @@ def test_what_the_command_says(tmp_path):
     said = run("convert", adapter, tmp_path / "meta").stdout
     assert f"{adapter}, a LoRA adapter in Hugging Face's order" in said and "read back and put in order" in said
     assert f"Next: hf-llama3 convert MODEL merged --adapter {tmp_path / 'meta'}" in said
+
+
+@pytest.mark.parametrize("beside_a_model", [False, True])
+def test_the_command_that_is_named_merges_it(beside_a_model, tmp_path):
+    base, adapter = make(tmp_path)
+    expected = merged_by_peft(base, adapter)
+    if beside_a_model:
+        shutil.copytree(base, adapter, dirs_exist_ok=True)
+    command = shlex.split(refuse("generate", adapter, "a").partition(" hf-llama3 ")[2])
+    assert command[:2] == ["convert", str(base)]
+    run(*command)
+    ours = load_file(f"{adapter}-merged/model.safetensors")
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
 def test_peft_loads_it_beside_metas_modules(tmp_path):

@@ -140,19 +140,36 @@ def test_an_adapter_instead_of_a_model(with_config, folder):
     adapter(folder)
     if not with_config:
         (folder / "config.json").unlink()
-    merge = f"model = M.from_pretrained('{folder}').merge_and_unload(); model.save_pretrained('{folder}-merged')"
+    merge = f"hf-llama3 convert me/base {folder}-merged --to hf --adapter {folder}"
     for command in (("inspect", folder), ("generate", folder, "abc"), push(folder)):
-        sentence = refuse(*command)
-        assert "is an adapter, not a model; merge it into its model: python -c" in sentence and merge in sentence
+        assert refuse(*command).endswith(f"is an adapter, not a model; merge it into its model: {merge}")
     # `convert` puts it into the other format's order, which takes an adapter that is one.
     assert "adapter_config.json lacks `r`; pass what PEFT saved" in refuse("convert", folder, f"{folder}-out")
 
 
+HOSTILE = [None, 7, "", " ", "--overwrite", "me/ba\u202ese", "me/base\nrm", "m" * 201]
+
+
+@pytest.mark.parametrize("base", HOSTILE)
+def test_an_adapter_whose_model_cannot_be_typed(base, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    assert f"merge it into its model: hf-llama3 convert MODEL {tmp_path}-merged --to hf" in refuse("inspect", tmp_path)
+
+
+def test_an_adapter_whose_model_has_to_be_quoted(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "my $(base)"}))
+    assert f"hf-llama3 convert 'my $(base)' {tmp_path}-merged --to hf" in refuse("inspect", tmp_path)
+
+
 def test_an_adapter_beside_a_model(folder):
     adapter(folder)
+    merge = f"to merge it, hf-llama3 convert me/base {folder}-merged --to hf --adapter {folder}"
     for command in (("convert", folder, f"{folder}-out", "--dry-run"), ("generate", folder, "abc"), push(folder)):
         sentence = refuse(*command)
         assert "holds a model and an adapter beside it; to take the model alone, move adapter_config.json" in sentence
+        assert sentence.endswith(merge)
+    change(folder / "adapter_config.json", base_model_name_or_path=str(folder))  # which has the adapter beside it
+    assert f"hf-llama3 convert MODEL {folder}-merged" in refuse("inspect", folder)
     (folder / "adapter_config.json").unlink()
     assert inspect(folder)
 

@@ -3,13 +3,18 @@
 import json
 import os
 import re
+import shlex
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import params, small_tokenizer, write_meta
 from client import Client
-from safetensors.torch import load_file
+from command_line import run
+from safetensors.torch import load_file, save
 from server import READER, WRITER
 
 from hf_llama3.conversion import convert, inspect, verify
@@ -238,6 +243,22 @@ def test_refusals(case, command, client, hub, refusing, elsewhere, tmp_path):
     if case not in ("an index that leads elsewhere", "a damaged header"):  # all else is known before the weights
         assert not any(name.endswith((".safetensors", ".bin", ".gguf")) for name in hub.downloads())
     assert not elsewhere.exists()
+
+
+def test_the_command_that_merges_an_adapter_of_the_hub(hub, environment, folders, tmp_path):
+    """Its commit in the cache holds no weights, and is no place for a model."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "lab/base"}
+    pair = {"A": torch.randn(2, 64), "B": torch.randn(64, 2)}
+    weights = save({f"base_model.model.model.layers.0.self_attn.q_proj.lora_{end}.weight": pair[end] for end in pair})
+    hub.add("lab/base", folders / "hf")
+    hub.add("lab/lora", {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": weights})
+    command = run("inspect", "lab/lora", code=2, **environment).stderr.partition("merge it into its model: ")[2]
+    command = command.replace("hf-llama3", shlex.join((sys.executable, "-m", "hf_llama3")))
+    beside = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=os.environ | environment | beside)
+    convert(folders / "hf", tmp_path / "expected", to="hf", adapter=tmp_path / "lora")
+    assert verify(tmp_path / "expected", tmp_path / "lora-merged").ok
+    assert not verify(folders / "hf", tmp_path / "lora-merged").ok
 
 
 def test_gated_once_the_licence_is_accepted(client, hub, folders, refusing):

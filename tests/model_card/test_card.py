@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shlex
 import shutil
 from contextlib import redirect_stdout
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from checkpoints import hf_model, params, small_tokenizer, write_meta
 from command_line import refuse, run
+from gguf import GGUFReader, LlamaFileType
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from transformers import AutoModelForCausalLM
 from yaml import safe_load
@@ -59,7 +61,6 @@ def test_facts(folders):
             content = (folders / folder / name).read_bytes()
             assert row(made, name) == f"{len(content):,} | `{hashlib.sha256(content).hexdigest()}`"
     assert "Converted from `meta`: Meta's format, 2 shards.\nAfterwards all 21 tensors were equal" in card
-    assert "convert_hf_to_gguf" not in card  # which knows Meta's own vocabulary, and no other
     assert not re.search(r"\bNone\b|\bnan\b|TODO|unknown|\{", card)
     cast = build_card(folders / "cast", "mit")
     assert "Converted from `plays`: Meta's format, 2 shards, cast to float16.\nAfterwards every cast" in cast
@@ -89,6 +90,29 @@ def test_the_code_of_a_card_runs(name, folders):
     with redirect_stdout(printed):
         exec(code, {})
     assert printed.getvalue().strip()
+
+
+def test_the_command_for_llama_cpp(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    card = build_card(folders / "base", "mit", repo_id=str(folders / "base"))
+    run(*shlex.split(re.search("&& hf-llama3 (.*) && llama-cli -m model.gguf", card)[1]))
+    written = GGUFReader("model.gguf").fields
+    assert written["general.file_type"].contents() == LlamaFileType.MOSTLY_Q8_0
+    assert written["tokenizer.ggml.model"].contents() == "gpt2"
+
+
+@pytest.mark.parametrize("change", ["no tokenizer", "another kind of tokenizer", "another RoPE"])
+def test_what_llama_cpp_has_no_place_for(change, folders, tmp_path):
+    folder = shutil.copytree(folders / "base", tmp_path / "model")
+    path = folder / "tokenizer.json"
+    if change == "no tokenizer":
+        path.unlink()
+    elif change == "another RoPE":
+        rope = {"rope_type": "dynamic", "rope_theta": 500000.0, "factor": 2.0}
+        hf_model(vocab_size=516, rope_parameters=rope).save_pretrained(folder)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": {"type": "Whitespace"}}))
+    assert "vllm serve" in build_card(folder, "mit") and "llama-cli" not in build_card(folder, "mit")
 
 
 def test_memory():
