@@ -138,28 +138,30 @@ def copy_hollow(name: HubName, texts: Path, folder: Path) -> bool:
 def sizes_to_fetch(path) -> dict[str, int]:
     """Return the sizes of a Hugging Face repository's files of weights that are not in the cache, by name.
 
-    The dictionary is empty if all are, or if the Hub does not answer.
+    The Hub is asked once, and only if a file is missing. The dictionary is empty if none is, or without an answer.
     """
-    from huggingface_hub import snapshot_download
-
     name, texts = parse_name(path), fetch(path, weights=False)
-    if name.original or not (texts / "config.json").exists() or (texts / SINGLE).exists():
+    if name.original or not (texts / "config.json").exists():
         return {}
+    files = {SINGLE}
     if (texts / INDEX).exists():
         weight_map = read_json(texts / INDEX).get("weight_map")
-        if isinstance(weight_map, dict) and all((texts / str(file)).is_file() for file in weight_map.values()):
-            return {}
+        files = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else set()
+    missing = sorted(file for file in files if not (texts / file).is_file())
+    if not missing:
+        return {}
     try:
-        found = snapshot_download(
-            name.repo,
-            revision=texts.name,
-            allow_patterns=list(HF_WEIGHTS),
-            ignore_patterns=list(NOT_OF_HF),
-            dry_run=True,
-        )
+        return ask_sizes(name, texts.name, missing)
     except Exception:  # an error is reported when the files are fetched
         return {}
-    return {file.filename: file.file_size for file in found if file.will_download}
+
+
+def ask_sizes(name: HubName, commit: str, files: list[str]) -> dict[str, int]:
+    """Return the sizes of files of a commit by one request; names that it lacks are left out."""
+    from huggingface_hub import HfApi
+
+    found = HfApi().get_paths_info(name.repo, files, revision=commit)
+    return {one.path: one.size for one in found if getattr(one, "size", None) is not None}
 
 
 def fetch_file(name: HubName, commit: str, file: str, place: Path) -> Path:
