@@ -54,6 +54,17 @@ class Checkpoint:
         return self.path.parent if self.format == "gguf" else self.path
 
     @property
+    def name(self) -> str:
+        """What it is called: owner and name for one from the Hub, otherwise the name of its folder or file."""
+        folder, inside = self.folder.resolve(), [self.path.name] if self.format == "gguf" else []
+        if folder.name == "original" and not inside:
+            folder = folder.parent
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+            return "/".join([repo, *inside])
+        return inside[0] if inside else folder.name
+
+    @property
     def files(self) -> list[Path]:
         """The files that hold tensors."""
         return sorted({path for tensors in self.tensors.values() for tensor in tensors for path in tensor.paths})

@@ -104,7 +104,7 @@ def convert(
             checkpoint = merge_adapter(checkpoint, Path(adapter))
         return make_plan(checkpoint, target, to, mp, model_type, dtype, max_shard_size)
 
-    with stream_of(source, target, False if to == "gguf" and stream is None else stream) as streamed:
+    with stream_of(source, target, stream, adapter and Path(adapter)) as streamed:
         plan = plan_from(streamed.folder if streamed else source)
         return carry_out(plan, source, target, dry_run, overwrite, verify, progress, started, streamed, plan_from)
 
@@ -291,7 +291,7 @@ def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool, compare
         compared: whether each tensor was compared as it was written.
     """
     if plan.to == "gguf":  # a single file
-        return require_same(verify_checkpoints(plan.source, written, progress, plan.cast), folder)
+        return require_same(verify_checkpoints(plan.source, written, progress, plan.cast, compared), folder)
     paths = files_in(folder)
     kinds = {CHECKSUMS: "sha256"} | ({CHECKLIST: "md5"} if plan.to == "meta" else {})
     total = len(kinds) * sum(path.stat().st_size for path in paths.values())

@@ -224,7 +224,8 @@ def plan_gguf(source: Checkpoint, name: str, kind: str | None) -> Plan:
     tokenizer = sentencepiece_files(source) | small if made else small
     lists = gguf_tokenizer(source, tokenizer, notes)
     stored = BY_KIND[kind].dtype.name if kind and BY_KIND[kind].exact else source.dtype
-    general = {"architecture": "llama", "type": "model", "name": source.path.resolve().name.removesuffix(".gguf")}
+    called = source.name.rpartition("/")[2].removesuffix(".gguf")
+    general = {"architecture": "llama", "type": "model", "name": called}
     general["file_type"] = FILE_TYPES[kind] if kind else FILE_TYPES[EXACT[stored].name]
     general |= {"quantization_version": 2} if kind and not BY_KIND[kind].exact else {}
     metadata = {f"general.{key}": value for key, value in general.items()} | lists | metadata

@@ -54,7 +54,7 @@ class ConversionReport:
 def make_provenance(plan: Plan, verification: VerificationReport | None) -> bytes:
     source = plan.source
     facts = {
-        "source": name_of(source.path),
+        "source": source.name,
         "format": source.format,
         "shards": source.num_shards,
         "llama_version": source.version,
@@ -63,15 +63,6 @@ def make_provenance(plan: Plan, verification: VerificationReport | None) -> byte
         "hf_llama3": __version__,
     }
     return to_json(facts)
-
-
-def name_of(path: Path) -> str:
-    """Return the name of a source: owner and name for one from the Hub, otherwise its folder's."""
-    path = path.resolve()
-    path = path.parent if path.name == "original" else path
-    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-        return path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-    return path.name
 
 
 def read_provenance(folder: Path) -> dict | None:

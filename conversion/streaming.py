@@ -5,6 +5,7 @@ a journal in the unfinished target lists the files whose tensors are in their pl
 """
 
 import contextlib
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from hf_llama3.errors import UserError, shown
 from hf_llama3.files.atomic import OURS, finish, parent_of, sync, write_file
+from hf_llama3.files.hashes import hash_file
 from hf_llama3.files.json import read_json, to_json
 from hf_llama3.files.schema import OBJECT, check, text
 
@@ -19,7 +21,6 @@ from .formats.storage import SourceFile, write_all
 from .formats.writing import checksum_if_written, reserve
 from .hub import HubName, fetch_file, hollow_files, parse_name, sizes_to_fetch
 from .plan import Plan
-from .tokenizer.files import hash_of
 from .weights import EMBEDDING, OUTPUT
 
 JOURNAL, FETCHED = f".streamed{OURS}", ".fetched"  # in the unfinished target
@@ -35,6 +36,7 @@ class Stream:
     commit: str
     folder: Path
     files: dict[str, int]  # file of weights -> bytes
+    merged: str = ""  # hash of the adapter that is merged on the way
 
     @property
     def nbytes(self) -> int:
@@ -69,11 +71,12 @@ class Stream:
 
 
 @contextlib.contextmanager
-def stream_of(source, target: Path, wanted: bool | None) -> Iterator[Stream | None]:
+def stream_of(source, target: Path, wanted: bool | None, adapter: Path | None = None) -> Iterator[Stream | None]:
     """Return a repository to be read file by file, if that is wanted or the disk lacks room; otherwise None.
 
     Args:
         wanted: None to look at the disk.
+        adapter: the folder of one that is merged on the way.
 
     Raises:
         UserError: it is wanted, but the repository cannot be read so.
@@ -89,10 +92,17 @@ def stream_of(source, target: Path, wanted: bool | None) -> Iterator[Stream | No
         if folder is not None:
             files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
         if files:
-            stream, reason = Stream(name, folder.name, folder, files), None
+            stream, reason = Stream(name, folder.name, folder, files, hash_adapter(adapter)), None
         if reason and wanted:
             raise UserError(f"{name.repo} cannot be read file by file, since {reason}; leave out --stream")
         yield None if reason else stream
+
+
+def hash_adapter(folder: Path | None) -> str:
+    """Return a hash of an adapter's files, or nothing without one: what is merged must not change between runs."""
+    paths = sorted(folder.glob("adapter_*")) if folder else []
+    found = [f"{path.name} {hash_file(path, 'sha256', lambda count: None)}" for path in paths if path.is_file()]
+    return hashlib.sha256("\n".join(found).encode()).hexdigest() if found else ""
 
 
 def fits(nbytes: int, target: Path) -> bool:
@@ -108,10 +118,9 @@ def check_streamed(plan: Plan):
     """
     stored = plan.source.tensors
     if plan.source.tied and stored[OUTPUT.hf][0] is not stored[EMBEDDING.hf][0]:
-        name = plan.source.path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
         raise UserError(
-            f"{name} stores a head beside the embedding that it is tied to, which have to be compared first; "
-            "add --no-stream, and make room for all of it"
+            f"{plan.source.name} stores a head beside the embedding that it is tied to, which have to be compared "
+            "first; add --no-stream, and make room for all of it"
         )
 
 
@@ -130,7 +139,7 @@ def write_streamed(
         UserError: a file on the Hub contradicts its header, or was not written as it was read.
     """
     laid_out = lay_out(plan)
-    journal = read_journal(folder, f"{stream.commit} {hash_of(laid_out)}")
+    journal = read_journal(folder, f"{stream.commit} {laid_out} {stream.merged}".rstrip())
     error, resumed = None, sorted(journal["done"])
     for file in plan.files:
         make_room(folder / f"{file.name}.partial", file.layout.size, journal)
@@ -158,9 +167,14 @@ def write_streamed(
     return resumed, error
 
 
-def lay_out(plan: Plan) -> bytes:
-    """Return which tensors go into which files, to recognise a plan."""
-    return to_json([[file.name, file.layout.size, [name for name, _ in file.tensors]] for file in plan.files])
+def lay_out(plan: Plan) -> str:
+    """Return a hash of all that is written but the elements, to recognise a plan: names, types, shapes, metadata."""
+    digest = hashlib.sha256()
+    for file in plan.files:
+        digest.update(f"{file.name} {file.layout.size} ".encode())
+        for offset, content in file.layout.fixed([0] * len(file.tensors)):
+            digest.update(f"{offset} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def write_from(plan: Plan, name: str, folder: Path, verify: bool) -> dict[str, dict[str, int]]:

@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from checkpoints import hf_model, params, small_tokenizer, write_meta
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from hf_llama3.conversion import convert
+from hf_llama3.conversion import convert, verify
 from hf_llama3.errors import UserError
 
 # Tells what lies beside the target while each file is read, and may end the run or shrink the disk.
@@ -48,6 +51,11 @@ def model(tmp_path_factory):
     return folder / "hf"
 
 
+def write_adapter(folder, model):
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype="auto"), settings).save_pretrained(folder)
+
+
 def files_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -78,6 +86,60 @@ def test_the_same_files(options, client, hub, model, tmp_path):
     client.run("convert", name, tmp_path / "whole", *options)
     assert weights_of(hub) == sizes  # no headers where there is room; the first had left none in the cache
     assert files_of(tmp_path / "streamed") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", [None, "bf16", "f16", "f32", "q8_0", "q4_0"])
+def test_into_gguf(kind, client, hub, model, tmp_path):
+    """To the byte as from a folder of that name."""
+    hub.add("lab/streamed-gguf", files_of(model))
+    local, options = tmp_path / "streamed-gguf", ("--to", "gguf", *(("--dtype", kind) if kind else ()))
+    shutil.copytree(model, local)
+    client.run("convert", "lab/streamed-gguf", tmp_path / "streamed.gguf", *options, "--stream")
+    client.run("convert", local, tmp_path / "local.gguf", *options)
+    assert (tmp_path / "streamed.gguf").read_bytes() == (tmp_path / "local.gguf").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"streamed-gguf", "streamed.gguf", "local.gguf"}
+
+
+def test_into_gguf_where_the_disk_has_no_room(client, hub, model, tmp_path):
+    """Nobody has to ask, and an interrupted run is gone on with."""
+    convert(model, tmp_path / "hf", to="hf", max_shard_size="200KB", verify=False)
+    hub.add("lab/streamed-gguf-full", files_of(tmp_path / "hf"))
+    shards, target = sorted(sizes_of(tmp_path / "hf")), tmp_path / "model.gguf"
+    request = {"source": "lab/streamed-gguf-full", "target": str(target), "to": "gguf", "stream": None}
+    request["free"] = 2 * sum(sizes_of(tmp_path / "hf").values()) - 1
+    assert client.python(WATCHED.format(**request, stop=shards[2]))[0] is None and not target.exists()
+    report, seen = client.python(WATCHED.format(**request, stop=None))
+    assert seen == [[shard] for shard in shards[2:]] and report["resumed"] == shards[:2]
+    assert any("one file after another" in note for note in report["notes"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "model.gguf"] and verify(model, target).ok
+
+
+@pytest.mark.parametrize("change", ["dtype", "adapter"])
+def test_what_another_command_left_is_written_again(change, client, hub, model, tmp_path):
+    """Files are as long with float16 as with bfloat16, and with an adapter as without: what they hold differs."""
+    name, target, shards = f"lab/streamed-{change}", tmp_path / "made.gguf", sorted(sizes_of(model))
+    hub.add(name, files_of(model))
+    request = {"source": name, "target": str(target), "to": "gguf", "stream": True, "free": 10**9}
+    more, options = 'dtype="f16"', ("--dtype", "bf16")
+    if change == "adapter":
+        write_adapter(tmp_path / "adapter", model)
+        more, options = 'dtype="bf16"', ("--dtype", "bf16", "--adapter", tmp_path / "adapter")
+    source = WATCHED.format(**request, stop=shards[2]).replace("stream=True", f"stream=True, {more}")
+    assert client.python(source)[0] is None
+    client.run("convert", name, target, *options, "--stream")
+    local = tmp_path / name.removeprefix("lab/")
+    shutil.copytree(model, local)
+    client.run("convert", local, tmp_path / "local.gguf", *options)
+    assert target.read_bytes() == (tmp_path / "local.gguf").read_bytes()
+
+
+def test_the_hub_is_asked_once_for_sizes(client, hub, model, tmp_path):
+    hub.add("lab/streamed-sizes", files_of(model))
+    for target, count in (("one", 1), ("two", 0)):  # then all files are in the cache
+        hub.clear()
+        client.run("convert", "lab/streamed-sizes", tmp_path / target, "--no-verify")
+        asked = [request for request in hub.log if "/paths-info/" in request.path]
+        assert len(asked) == count and len([r for r in hub.log if r.method == "HEAD"]) <= len(hub.downloads())
 
 
 def test_no_more_than_one_file_of_the_source_is_there(client, hub, model, tmp_path):
