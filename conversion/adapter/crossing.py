@@ -57,6 +57,8 @@ def cross_adapter(folder: Path, target: Path, to: str | None = None) -> CrossedA
         order = {"hf": "Hugging Face", "meta": "Meta"}[adapter.order]
         raise UserError(f"--to must be {other!r} or 'gguf' for an adapter in {order}'s order, got {to!r}; leave it out")
     to = to or ("gguf" if target.suffix == SUFFIX else other)
+    if to == "gguf" and target.suffix != SUFFIX:
+        raise UserError(f"--to gguf makes one file, so TARGET must end with {SUFFIX}, got {target.name!r}")
     safe = folder / TENSORS
     metadata = read_metadata(safe) if safe.exists() else {}
     rotary = any(row_of(name).rotary for name in adapter.pairs)
@@ -168,7 +170,7 @@ def check_crossed(crossed: CrossedAdapter, folder: Path):
     if crossed.to == "gguf":
         check_gguf(crossed, folder)
         return
-    written = read_adapter(folder)
+    written = read_adapter(folder, unfinished=True)
     for name, pair in crossed.adapter.pairs.items():
         other = written.pairs.get(name)
         order = rows_of_other(pair.b.shape[0], crossed.to, crossed.head_dim) if row_of(name).rotary else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_llama3.errors import UserError, quoted
+from hf_llama3.files.atomic import is_unfinished
 from hf_llama3.files.json import read_json
 from hf_llama3.files.schema import FLAG, Rule, check, mapped, number, optional, text, whole
 
@@ -109,13 +110,18 @@ def is_adapter(folder: Path) -> bool:
     )
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path, unfinished: bool = False) -> Adapter:
     """Read an adapter.
+
+    Args:
+        unfinished: accept a folder that is still being written.
 
     Raises:
         UserError: it is damaged, or not plain LoRA.
     """
     path = folder / CONFIG
+    if is_unfinished(folder) and not unfinished:
+        raise UserError(f"{folder} is not finished; run the command that was writing it again")
     if not path.is_file():
         raise UserError(f"--adapter must be a folder with an {CONFIG}, got {folder}; pass what PEFT saved")
     config = check(read_json(path), SCHEMA, path, REQUIRED, "; pass what PEFT saved")

@@ -4,11 +4,12 @@ import time
 from pathlib import Path
 
 from hf_llama3.errors import UserError
-from hf_llama3.files.atomic import check_target, is_checkpoint, staging, write_files
+from hf_llama3.files.atomic import check_target, clear, staging, write_files
 
 from ..formats.gguf import is_gguf
 from ..provenance import MEMORY_BYTES, ConversionReport
 from .crossing import check_crossed, cross_adapter
+from .files import is_adapter
 
 
 def convert_adapter(source: Path, target: Path, to, given: dict, dry_run: bool, overwrite: bool) -> ConversionReport:
@@ -24,9 +25,11 @@ def convert_adapter(source: Path, target: Path, to, given: dict, dry_run: bool, 
     crossed = cross_adapter(source, target, to)
     nbytes = sum(map(len, crossed.files.values()))
     one_file = crossed.to == "gguf"
-    free = check_target(source.resolve(), target, nbytes, overwrite, is_gguf if one_file else is_checkpoint)
+    may_go, kind = (is_gguf, "GGUF file") if one_file else (is_adapter, "adapter")
+    free = check_target(source.resolve(), target, nbytes, overwrite, may_go, kind)
     if not dry_run:
         with staging(target, overwrite, one_file) as folder:
+            clear(folder)  # what another run left here
             write_files(folder, crossed.files)
             check_crossed(crossed, folder)
     stored = {pair.b.file.path for pair in crossed.adapter.pairs.values()}

@@ -52,12 +52,17 @@ def is_checkpoint(target: Path) -> bool:
 
 
 def check_target(
-    source: Path, target: Path, needed: int, overwrite: bool, may_go: Callable[[Path], bool] = is_checkpoint
+    source: Path,
+    target: Path,
+    needed: int,
+    overwrite: bool,
+    may_go: Callable[[Path], bool] = is_checkpoint,
+    kind: str = "checkpoint",
 ) -> int:
     """Return the free bytes on the target's disk.
 
     Args:
-        may_go: tells whether what stands there is what `overwrite` means.
+        may_go: tells whether what stands there is what `overwrite` means, a `kind` of thing.
 
     Raises:
         UserError: the target is not apart from the source, not free to take, or lacks the room that is `needed`.
@@ -69,9 +74,7 @@ def check_target(
         if not overwrite:
             raise UserError(f"{target} already exists; choose another target or add --overwrite")
         if not may_go(target):
-            raise UserError(
-                f"{target} is no checkpoint, so it is not overwritten; remove it yourself or choose another"
-            )
+            raise UserError(f"{target} is no {kind}, so it is not overwritten; remove it yourself or choose another")
     parent = parent_of(target)
     staging = staging_of(target)
     there = sum(file.lstat().st_size for file in staging.iterdir()) if staging.is_dir() else 0

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from checkpoints import hf_model
 from command_line import refuse, run
 from gguf import GGUFReader
+from interruptions import contents, stopped_run
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -19,6 +21,7 @@ from hf_llama3.conversion.adapter.merging import merge_adapter
 from hf_llama3.conversion.logits import NUM_TOKENS, compute_logits
 from hf_llama3.conversion.opening import open_checkpoint
 from hf_llama3.errors import UserError
+from hf_llama3.files.atomic import MARKER
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = {
@@ -320,8 +323,81 @@ def test_options_that_an_adapter_has_no_use_for(tmp_path):
         UserError, match="--to must be 'meta' or 'gguf' for an adapter in Hugging Face's order, got 'hf'"
     ):
         convert(adapter, tmp_path / "meta", to="hf")
+    with pytest.raises(UserError, match=r"--to gguf makes one file, so TARGET must end with \.gguf, got 'crossed'"):
+        convert(adapter, tmp_path / "crossed", to="gguf")
     with pytest.raises(UserError, match=r"--adapter must be a folder with an adapter_config.json, got "):
         convert(tmp_path / "base", tmp_path / "merged", adapter=tmp_path / "base")
+
+
+@pytest.mark.parametrize("name", ["crossed", "crossed.gguf"])
+def test_overwrite(name, tmp_path):
+    """Another adapter is replaced, by one that is whole; what this package cannot make again is not."""
+    _, adapter = make(tmp_path)
+    target = tmp_path / name
+    convert(adapter, target)
+    expected = contents(target)
+    edit(adapter, lora_alpha=3)
+    with pytest.raises(UserError, match=r"crossed.* already exists; choose another target or add --overwrite"):
+        convert(adapter, target)
+    convert(adapter, target, overwrite=True, dry_run=True)
+    assert contents(target) == expected
+    convert(adapter, target, overwrite=True)
+    changed = contents(target)
+    assert changed != expected and sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", name]
+    convert(adapter, tmp_path / f"again-{name}")
+    assert contents(tmp_path / f"again-{name}") == changed
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("base", "base is no adapter, so it is not"), ("notes.gguf", "gguf is no GGUF file, so it is")]
+)
+def test_what_is_no_adapter_is_not_replaced(name, words, tmp_path):
+    _, adapter = make(tmp_path)
+    (tmp_path / "notes.gguf").write_text("mine")
+    before = contents(tmp_path / name)
+    with pytest.raises(UserError, match=words):
+        convert(adapter, tmp_path / name, overwrite=True)
+    assert contents(tmp_path / name) == before
+
+
+@pytest.mark.parametrize("name", ["crossed", "crossed.gguf"])
+def test_stopped_as_an_adapter_is_replaced(name, tmp_path):
+    """The old one or the new one stands there, whole, and a second run ends as one that was not stopped."""
+    _, adapter = make(tmp_path)
+    target = tmp_path / name
+    edit(adapter, lora_alpha=8)
+    convert(adapter, target)
+    old = contents(target)
+    edit(adapter, lora_alpha=3)
+    total = int(stopped_run("kill", -1, adapter, target, {"overwrite": True}).stdout)
+    new = contents(target)
+    assert total > 10 and new != old
+    for at in (total // 2, total - 4, total - 2, total):
+        edit(adapter, lora_alpha=8)
+        convert(adapter, target, overwrite=True)
+        edit(adapter, lora_alpha=3)
+        assert stopped_run("kill", at, adapter, target, {"overwrite": True}).returncode == -signal.SIGKILL
+        assert contents(target) in (old, new), at
+        convert(adapter, target, overwrite=True)
+        assert contents(target) == new and {path.name for path in tmp_path.iterdir()} == {"adapter", "base", name}
+
+
+def test_what_another_run_left_is_no_part_of_an_adapter(tmp_path):
+    base, adapter = make(tmp_path)
+    stopped_run("kill", 25, base, tmp_path / "crossed", {"to": "hf", "max_shard_size": "60KB"})
+    unfinished = tmp_path / "crossed.partial"
+    assert len(list(unfinished.iterdir())) > 1
+    convert(adapter, tmp_path / "crossed")
+    assert contents(tmp_path / "crossed").keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert not unfinished.exists()
+
+
+def test_an_unfinished_adapter_is_not_read(tmp_path):
+    base, adapter = make(tmp_path)
+    (adapter / MARKER).touch()
+    for arguments in ((base, tmp_path / "merged", "hf"), (adapter, tmp_path / "crossed")):
+        with pytest.raises(UserError, match="adapter is not finished; run the command that was writing it again"):
+            convert(*arguments, **({"adapter": adapter} if arguments[0] == base else {}))
 
 
 def gguf_delta(path, name):

@@ -1,7 +1,6 @@
 """A target is whole or not there, whatever stops a run; the same command continues; nobody else's data is touched."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -12,6 +11,7 @@ import textwrap
 import pytest
 import torch
 from checkpoints import params, write_meta
+from interruptions import contents, some_of, stopped_run
 
 from hf_llama3.conversion import convert, inspect, load_meta
 from hf_llama3.errors import UserError
@@ -19,10 +19,6 @@ from hf_llama3.files import atomic, locking
 from hf_llama3.files.atomic import MARKER, write_files
 
 SHARDS = "60KB"  # several files
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(params=["hf", "meta"])
@@ -36,43 +32,6 @@ def job(request, tmp_path):
     return source, tmp_path / "target", options, contents(tmp_path / "expected")
 
 
-# Stop a run before the Nth time that it opens, makes, names or removes something of the target, in its own process.
-WRAPPER = """
-import errno, json, os, signal, sys
-import hf_llama3.conversion
-engine = sys.modules["hf_llama3.conversion.convert"]
-kind, at, source, target, options = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], json.loads(sys.argv[5])
-EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "ctypes.dlsym"}
-steps, without_exchange = 0, options.pop("without_exchange", False)
-def watch(event, arguments):
-    global steps
-    if event not in EVENTS or not (event == "ctypes.dlsym" or str(arguments[0]).startswith(target)):
-        return
-    if event == "ctypes.dlsym" and arguments[1] != "renameat2":
-        return
-    steps += 1
-    if steps == at:
-        if kind == "kill": os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "terminate": os.kill(os.getpid(), signal.SIGTERM)
-        if kind == "interrupt": raise KeyboardInterrupt
-        raise OSError(int(kind), os.strerror(int(kind)))
-    if event == "ctypes.dlsym" and without_exchange:
-        raise AttributeError("an old system")
-sys.addaudithook(watch)
-try:
-    engine.convert(source, target, **options)
-except engine.UserError as error:
-    print(error, file=sys.stderr)
-    sys.exit(2)
-print(steps)
-"""
-
-
-def stopped_run(kind, at, source, target, options):
-    command = [sys.executable, "-c", WRAPPER, str(kind), str(at), source, target, json.dumps(options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def looks_loadable(folder):
     """Whether a reader would take the folder for a finished model."""
     try:
@@ -80,11 +39,6 @@ def looks_loadable(folder):
     except UserError:
         return False
     return True
-
-
-def some_of(total, last=8):
-    """A few steps of the writing, and each of the last, in which names change."""
-    return sorted({*range(1, total - last, max(total // 6, 1)), *range(total - last, total + 1)})
 
 
 @pytest.mark.parametrize("kind", ["kill", "interrupt", errno.ENOSPC, errno.EIO])
