@@ -6,12 +6,13 @@ from pathlib import Path
 from hf_llama3.errors import UserError, shown
 from hf_llama3.files.atomic import SIGNS, is_unfinished
 
+from .adapter.files import is_adapter
 from .checkpoint import Checkpoint
 from .formats.dcp import METADATA
 from .formats.gguf import SPLIT_NAME, SUFFIX, open_gguf
-from .formats.hf import ADAPTER, open_hf, refuse_adapter
+from .formats.hf import open_hf, refuse_adapter
 from .formats.meta import PARAMS_FILE, SHARD_GLOBS, open_meta
-from .formats.torch_files import is_weights
+from .formats.torch_files import ADAPTER, is_weights, refuse_lone_adapter
 from .hub import fetch
 from .tokenizer.bpe import VERSIONS
 
@@ -44,6 +45,8 @@ def open_checkpoint(
         refuse_rope_factor(rope_factor, folder)
         return open_gguf(folder, llama_version, instruct)
     if not (folder / "config.json").exists():
+        if is_adapter(folder):
+            refuse_adapter(folder)
         return open_meta(folder, rope_factor, llama_version, instruct)
     refuse_rope_factor(rope_factor, folder)
     return open_hf(folder, llama_version, instruct)
@@ -81,6 +84,7 @@ def locate(path: Path) -> Path:
         return path / "original"
     if (path / ADAPTER).exists():
         refuse_adapter(path)
+    refuse_lone_adapter(path)
     if (path / METADATA).is_file():
         raise UserError(f"{path} is of torch.distributed.checkpoint, without a configuration; {configure(path)}")
     if models := find_gguf(path):

@@ -17,10 +17,10 @@ from ..config.hf import read_config
 from ..config.params import read_params
 from ..formats.gguf import SUFFIX
 from ..formats.gguf.file import read_gguf
-from ..formats.hf import ADAPTER
 from ..formats.meta import PARAMS_FILE
 from ..formats.safetensors import SafetensorsLayout, read_metadata
 from ..formats.storage import to_floats
+from ..formats.torch_files import ADAPTER
 from ..weights import EMBEDDING, LAYER_TABLE, OUTPUT, half_to_interleaved, interleaved_to_half
 from .files import LORA, LORA_OF_EMBEDDING, OLDER_TENSORS, PREFIX, TENSORS, Adapter, Pair, read_adapter, row_of
 from .gguf import ENDS as GGUF_ENDS

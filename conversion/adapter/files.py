@@ -1,7 +1,8 @@
 """An adapter's files, as PEFT writes them: adapter_config.json and the pairs of narrow matrices in adapter_model.
 
 The product B @ A, times a scale, is added to a weight. A is (rank, in) and B (out, rank); for an embedding A is
-(rank, vocabulary) and B (hidden, rank), and their product is transposed.
+(rank, vocabulary) and B (hidden, rank), and their product is transposed. torchtune's own files hold the same pairs
+under its names, with rows in Meta's order (torchtune 0.6, models/convert_weights.py, `tune_to_peft_adapter_weights`).
 """
 
 import math
@@ -14,12 +15,12 @@ from hf_llama3.files.atomic import is_unfinished
 from hf_llama3.files.json import read_json
 from hf_llama3.files.schema import FLAG, Rule, check, mapped, number, optional, text, whole
 
-from ..formats.hf import ADAPTER as CONFIG
 from ..formats.hf import INDEX, merging_by_peft
 from ..formats.pth import read_pth
 from ..formats.safetensors import read_safetensors
 from ..formats.storage import StoredTensor
-from ..formats.torch_files import BIN_INDEX, is_weights
+from ..formats.torch_files import ADAPTER as CONFIG
+from ..formats.torch_files import BIN_INDEX, find_torchtune_adapters, is_weights, refuse_lone_adapter
 from ..weights import Row, rows
 
 TENSORS, OLDER_TENSORS = "adapter_model.safetensors", "adapter_model.bin"
@@ -27,6 +28,17 @@ PREFIX = "base_model.model."
 LORA, LORA_OF_EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 ENDS = {end: one for ends in (LORA, LORA_OF_EMBEDDING) for end, one in zip(ends, "ab", strict=True)}
 MOST_LAYERS = 4096
+# torchtune's names of modules -> Meta's; layers and the output have the same
+TORCHTUNE = {
+    "attn.q_proj": "attention.wq",
+    "attn.k_proj": "attention.wk",
+    "attn.v_proj": "attention.wv",
+    "attn.output_proj": "attention.wo",
+    "mlp.w1": "feed_forward.w1",
+    "mlp.w2": "feed_forward.w2",
+    "mlp.w3": "feed_forward.w3",
+}
+TORCHTUNE_ENDS = {".lora_a.weight": LORA[0], ".lora_b.weight": LORA[1]}
 
 
 def pattern(rule: Rule) -> Rule:
@@ -123,6 +135,7 @@ def read_adapter(folder: Path, unfinished: bool = False) -> Adapter:
     if is_unfinished(folder) and not unfinished:
         raise UserError(f"{folder} is not finished; run the command that was writing it again")
     if not path.is_file():
+        refuse_lone_adapter(folder)
         raise UserError(f"--adapter must be a folder with an {CONFIG}, got {folder}; pass what PEFT saved")
     config = check(read_json(path), SCHEMA, path, REQUIRED, "; pass what PEFT saved")
     remedy = f"merge it by PEFT: {merging_by_peft(folder)}"
@@ -136,10 +149,7 @@ def read_adapter(folder: Path, unfinished: bool = False) -> Adapter:
     if (start := config.get("init_lora_weights")) not in PLAIN_STARTS:
         raise UserError(f"{path} began with {quoted(start)}, which changes the model's weights too; {remedy}")
 
-    safe, older = folder / TENSORS, folder / OLDER_TENSORS
-    if not safe.exists() and not older.exists():
-        raise UserError(f"{folder} has an {CONFIG} but no {TENSORS}; download it")
-    tensors = read_safetensors(safe) if safe.exists() else read_pth(older)
+    tensors = read_matrices(folder)
     found, orders = {}, set()
     for name, tensor in sorted(tensors.items()):
         end = next((end for end in ENDS if name.endswith(end)), None)
@@ -156,6 +166,36 @@ def read_adapter(folder: Path, unfinished: bool = False) -> Adapter:
     order = orders.pop()
     pairs = {name: make_pair(name, pair, config, order, folder) for name, pair in found.items()}
     return Adapter(folder, order, config, pairs)
+
+
+def read_matrices(folder: Path) -> dict[str, StoredTensor]:
+    """Return an adapter's matrices under PEFT's names.
+
+    Raises:
+        UserError: there are none, or those of several epochs.
+    """
+    if (folder / TENSORS).exists():
+        return read_safetensors(folder / TENSORS)
+    if (folder / OLDER_TENSORS).exists():
+        return read_pth(folder / OLDER_TENSORS)
+    found = find_torchtune_adapters(folder)
+    if not found:
+        raise UserError(f"{folder} has an {CONFIG} but no {TENSORS}; download it")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:4])
+        raise UserError(f"{folder} holds the adapters {names}; move all but one elsewhere")
+    return {name_in_peft(name): tensor for name, tensor in read_pth(found[0]).items()}
+
+
+def name_in_peft(name: str) -> str:
+    """Return PEFT's name, with Meta's modules, of a matrix of torchtune's; an unknown one stays as it is."""
+    end = next((end for end in TORCHTUNE_ENDS if name.endswith(end)), None)
+    if end is None:
+        return name
+    module = name.removesuffix(end)
+    layer, inner = module[: module.rfind(".", 0, module.rfind("."))], ".".join(module.split(".")[-2:])
+    module = f"{layer}.{TORCHTUNE[inner]}" if inner in TORCHTUNE else module
+    return PREFIX + module + TORCHTUNE_ENDS[end]
 
 
 def make_pair(name: str, pair: dict[str, StoredTensor], config: dict, order: str, folder: Path) -> Pair:

@@ -19,12 +19,11 @@ from .names import is_rope_table, settle
 from .pth import read_parts, read_pth
 from .safetensors import read_safetensors
 from .storage import StoredTensor
-from .torch_files import BIN, BIN_INDEX, find_torch_files
+from .torch_files import ADAPTER, BIN, BIN_INDEX, find_torch_files, find_torchtune_adapters, refuse_lone_adapter
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SUFFIX = ".safetensors"
-ADAPTER = "adapter_config.json"  # PEFT's
 
 
 def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> Checkpoint:
@@ -62,8 +61,10 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
     if tied and not same_tensors(shards[OUTPUT.hf], shards[EMBEDDING.hf]):
         config["tie_word_embeddings"] = False
         inferred.append("embeddings untied: config.json ties them, but there is a head that differs, which is kept")
+    is_alone = not (folder / ADAPTER).exists()  # or `from_pretrained` would take another model and add the adapter
     names_as_is = {name_in_file(name, head) for name in tensors} - found.keys() <= {OUTPUT.hf}
     divides = config["hidden_size"] % config["num_attention_heads"] == 0  # or upstream's class refuses any `head_dim`
+    files = {tensor.file.path for tensor in tensors.values()}
     return Checkpoint(
         *(folder, "hf", config, table, shards, told.tokenizer, told.kind, told.version, told.instruct),
         special_tokens=special_tokens(told.version) if told.kind == "tiktoken" else None,
@@ -73,7 +74,7 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
         order=order,
         more_config=read_more_config(folder / "config.json"),
         hf_tokenizer=folder if told.tokenizer is not None else None,
-        loads_as_is=names_as_is and divides and all(tensor.file.path.suffix == SUFFIX for tensor in tensors.values()),
+        loads_as_is=is_alone and names_as_is and divides and {file.suffix for file in files} == {SUFFIX},
     )
 
 
@@ -96,15 +97,17 @@ def find_weights(folder: Path, inferred: list[str]) -> dict[str, StoredTensor]:
         return read_parts(paths)
     if (folder / ADAPTER).exists():
         refuse_adapter(folder)
+    refuse_lone_adapter(folder)
     raise UserError(f"{folder} has a config.json but no {SINGLE} and no {INDEX}; download the weights")
 
 
 def check_adapter(folder: Path, inferred: list[str]):
     """Refuse an adapter beside a model: `from_pretrained` would add it, and a conversion would not.
 
-    The exception is torchtune's, which leaves one beside weights that it is merged into already.
+    The exception is torchtune's, which leaves one, in its own form as well, beside weights that it is merged into.
     """
-    if any((folder / name).exists() for name in (SINGLE, INDEX, BIN, BIN_INDEX)):
+    is_torchtunes = find_torchtune_adapters(folder)
+    if not is_torchtunes and any((folder / name).exists() for name in (SINGLE, INDEX, BIN, BIN_INDEX)):
         alone = f"to take the model alone, move {ADAPTER} elsewhere"
         raise UserError(f"{folder} holds a model and an adapter beside it; {alone}; to merge it, {merging(folder)}")
     inferred.append("the adapter beside the weights is left out: torchtune has merged it into them")

@@ -31,7 +31,7 @@ from .names import settle
 from .pth import read_parts, read_pth
 from .safetensors import read_safetensors
 from .storage import StoredTensor
-from .torch_files import find_torch_files, first_missing
+from .torch_files import find_torch_files, first_missing, refuse_lone_adapter
 
 PARAMS_FILE = "params.json"
 UNTOLD = "no file of Meta's says; an Instruct model needs --instruct, or it has no chat template and does not stop"
@@ -134,6 +134,7 @@ def read_shards(folder: Path, inferred: list[str]) -> dict[str, list[StoredTenso
         remedy = "if they are shards, name them consolidated.00.pth, consolidated.01.pth, ..."
         parts = find_torch_files(folder, remedy)
         if not parts:
+            refuse_lone_adapter(folder)
             raise UserError(f"{folder} holds no consolidated.00.pth; pass the folder that Meta's download made")
         return {name: [tensor] for name, tensor in read_parts(parts).items()}
     shards = [read_shard(path) for path in paths]

@@ -1,6 +1,7 @@
 """Find the files of `torch.save` that hold a model's weights, among those that training leaves beside them."""
 
 import re
+import shlex
 from collections.abc import Set
 from fnmatch import fnmatch
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import NamedTuple
 from hf_llama3.errors import UserError, shown
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ADAPTER = "adapter_config.json"  # PEFT's
 SUFFIXES = (".pt", ".pth", ".bin")
 # States of runs, and adapters: no weights of the model.
 OTHERS = ("optim*", "sched*", "rng_state*", "random_states*", "recipe_state*", "training_args*", "adapter*", "scaler*")
 TORCHTUNE = re.compile(r"(?P<stem>hf_model|meta_model)(?:_(?P<part>\d+))?_(?P<epoch>\d+)\.pt")
+TORCHTUNE_ADAPTER = re.compile(r"adapter_(model|\d{1,9})\.pt")
 NUMBERED = re.compile(r"(?P<stem>.+)[_-](?P<part>\d{1,9})-of-(?P<total>\d{1,9})(?:_(?P<epoch>\d{1,9}))?\.\w+")
 
 
@@ -52,6 +55,27 @@ def first_missing(found: Set[int], first: int, last: int) -> int | None:
 
 def is_weights(path: Path) -> bool:
     return path.suffix in SUFFIXES and path.is_file() and not any(fnmatch(path.name, other) for other in OTHERS)
+
+
+def find_torchtune_adapters(folder: Path) -> list[Path]:
+    """List torchtune's adapters under its own names of tensors: `adapter_0.pt`, by epoch, or `adapter_model.pt`."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else ()
+    return [path for path in paths if TORCHTUNE_ADAPTER.fullmatch(path.name) and path.is_file()]
+
+
+def refuse_lone_adapter(folder: Path):
+    """Refuse torchtune's adapter where no file says its scale.
+
+    Raises:
+        UserError: there is one; the sentence says what to write.
+    """
+    if (found := find_torchtune_adapters(folder)) and not (folder / ADAPTER).exists():
+        content = '{"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}'
+        command = f"echo '{content}' > {shlex.quote(str(folder / ADAPTER))}"
+        what = (
+            f"{folder} holds {found[0].name}, an adapter of torchtune's, but no {ADAPTER}, which says how it is scaled"
+        )
+        raise UserError(f"{what}; write it with the lora_rank and lora_alpha of its recipe: {command}")
 
 
 def read_name(path: Path) -> Found:

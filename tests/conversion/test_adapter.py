@@ -4,11 +4,12 @@ import json
 import shlex
 import shutil
 import signal
+import subprocess
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import hf_model
+from checkpoints import hf_model, params
 from command_line import refuse, run
 from gguf import GGUFReader
 from interruptions import contents, stopped_run
@@ -16,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_llama3.conversion import convert, verify
+from hf_llama3.conversion import convert, inspect, verify
 from hf_llama3.conversion.adapter.merging import merge_adapter
 from hf_llama3.conversion.logits import NUM_TOKENS, compute_logits
 from hf_llama3.conversion.opening import open_checkpoint
@@ -398,6 +399,102 @@ def test_an_unfinished_adapter_is_not_read(tmp_path):
     for arguments in ((base, tmp_path / "merged", "hf"), (adapter, tmp_path / "crossed")):
         with pytest.raises(UserError, match="adapter is not finished; run the command that was writing it again"):
             convert(*arguments, **({"adapter": adapter} if arguments[0] == base else {}))
+
+
+MODULES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "o_proj": "output_proj", "lm_head": "output"}
+
+
+def leave_as_torchtune(adapter, name="adapter_0.pt"):
+    """Replace an adapter's matrices by the file of torchtune's own form, with a model of head_dim 8 in mind."""
+    state = {}
+    for key, matrix in load_file(adapter / "adapter_model.safetensors").items():
+        *path, module, end, weight = key.removeprefix("base_model.model.").removeprefix("model.").split(".")
+        if end == "lora_B" and module in ("q_proj", "k_proj"):
+            matrix = matrix.view(-1, 2, 4, matrix.shape[1]).transpose(1, 2).reshape(matrix.shape)
+        path = ["attn" if part == "self_attn" else part for part in path]
+        state[".".join([*path, MODULES.get(module, module), end.lower(), weight])] = matrix.clone()
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save(state, adapter / name)
+
+
+@pytest.mark.parametrize("kind", ["all layers", "head"])
+@pytest.mark.parametrize("name", ["adapter_0.pt", "adapter_model.pt"])
+def test_torchtunes_own_file(name, kind, tmp_path):
+    base, adapter = make(tmp_path, kind)
+    as_in_peft = shutil.copytree(adapter, tmp_path / "peft")
+    leave_as_torchtune(adapter, name)
+    assert "layers.0.attn.q_proj.lora_a.weight" in torch.load(adapter / name)
+    convert(adapter, tmp_path / "back")
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "back", as_in_peft))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    convert(base, tmp_path / "merged", to="hf", adapter=adapter)
+    convert(base, tmp_path / "expected", to="hf", adapter=as_in_peft)
+    assert verify(tmp_path / "merged", tmp_path / "expected").ok
+
+
+def test_torchtunes_file_without_a_configuration(tmp_path):
+    """As its checkpointer for Meta's format leaves it; the command that is named gives it one."""
+    base, adapter = make(tmp_path)
+    convert(base, tmp_path / "expected", to="hf", adapter=adapter)
+    leave_as_torchtune(adapter)
+    (adapter / "adapter_config.json").unlink()
+    for beside in (None, "config.json", "params.json"):
+        if beside == "config.json":
+            shutil.copy(base / beside, adapter)
+        if beside == "params.json":
+            (adapter / beside).write_text(json.dumps(params()))
+        said = refuse("convert", adapter, tmp_path / "crossed")
+        assert "holds adapter_0.pt, an adapter of torchtune's, but no adapter_config.json, which says how it is" in said
+        if beside:
+            (adapter / beside).unlink()
+    command = refuse("convert", base, tmp_path / "merged", "--to", "hf", "--adapter", adapter).partition("recipe: ")[2]
+    subprocess.run(command.replace("RANK", "4").replace("ALPHA", "8"), shell=True, check=True)
+    convert(base, tmp_path / "merged", to="hf", adapter=adapter)
+    assert verify(tmp_path / "merged", tmp_path / "expected").ok
+
+
+def test_torchtunes_files_of_several_epochs(tmp_path):
+    _, adapter = make(tmp_path)
+    leave_as_torchtune(adapter)
+    shutil.copy(adapter / "adapter_0.pt", adapter / "adapter_1.pt")
+    with pytest.raises(UserError, match=r"holds the adapters adapter_0.pt, adapter_1.pt; move all but one elsewhere"):
+        convert(adapter, tmp_path / "crossed")
+
+
+def test_what_is_more_than_lora_in_torchtunes_file(tmp_path):
+    _, adapter = make(tmp_path)
+    leave_as_torchtune(adapter)
+    path = adapter / "adapter_0.pt"
+    torch.save(torch.load(path) | {"layers.0.attn.q_proj.magnitude": torch.ones(64)}, path)
+    with pytest.raises(UserError, match=r"holds 'layers.0.attn.q_proj.magnitude', which is no LoRA of a Llama's"):
+        convert(adapter, tmp_path / "crossed")
+
+
+def test_torchtunes_adapter_without_a_model_where_one_is_wanted(tmp_path):
+    base, adapter = make(tmp_path)
+    leave_as_torchtune(adapter, "adapter_model.pt")
+    for beside in ("config.json", "params.json"):
+        if beside == "config.json":
+            shutil.copy(base / beside, adapter)
+        else:
+            (adapter / beside).write_text(json.dumps(params()))
+        merge = f"merge it into its model: hf-llama3 convert {base} {adapter}-merged --to hf --adapter {adapter}"
+        assert refuse("inspect", adapter).endswith(f"is an adapter, not a model; {merge}")
+        (adapter / beside).unlink()
+
+
+def test_the_adapter_that_torchtune_has_merged_into_safetensors(tmp_path):
+    """transformers would take the model that its configuration names, and add it to that."""
+    base, adapter = make(tmp_path)
+    convert(base, tmp_path / "merged", to="hf", adapter=adapter)
+    leave_as_torchtune(adapter, "adapter_model.pt")
+    shutil.copytree(adapter, tmp_path / "merged", dirs_exist_ok=True)
+    found = inspect(tmp_path / "merged")
+    assert "the adapter beside the weights is left out: torchtune has merged it into them" in found.inferred
+    assert not found.loads_as_is
+    convert(tmp_path / "merged", tmp_path / "alone", to="hf")
+    assert verify(tmp_path / "merged", tmp_path / "alone").ok and inspect(tmp_path / "alone").loads_as_is
+    assert not (tmp_path / "alone" / "adapter_config.json").exists()
 
 
 def gguf_delta(path, name):
