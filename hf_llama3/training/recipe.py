@@ -22,7 +22,6 @@ from transformers.utils import logging
 
 from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.conversion.config.params import feed_forward_size
-from hf_llama3.conversion.provenance import name_of
 from hf_llama3.cpu import processor
 from hf_llama3.distributed.parallel import check_devices
 from hf_llama3.errors import UserError, one_line
@@ -165,7 +164,7 @@ def train(
     report = TrainingReport(
         output=str(output),
         text=text.name,
-        source=source and name_of(source.path),
+        source=source and source.name,
         tokens=len(prepared.training),
         vocab_size=vocab_size,
         num_parameters=num_parameters,
