@@ -83,6 +83,7 @@ def materials(tmp_path_factory):
         get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).save_pretrained("my-adapter")
     shape = ("--layers", 2, "--hidden-size", 64, "--heads", 4, "--tokenizer", "bpe:512", "--license", "apache-2.0")
     run("train", "--text", folder / "my-text.txt", "--output", folder / "runs" / "mine", "--steps", 4, *shape)
+    shutil.copytree(folder / "runs" / "mine", folder / "runs" / "first")
     return folder
 
 
@@ -96,8 +97,9 @@ def run_blocks(materials, tmp_path, monkeypatch):
             pytest.skip("no such block")
         place = tmp_path / "page"
         shutil.copytree(materials, place)
-        if any("--output runs/mine " in block["code"] for block in chosen):
-            shutil.rmtree(place / "runs" / "mine")
+        for made in ("runs/mine", "runs/first"):
+            if any(f"--output {made} " in block["code"] for block in chosen):
+                shutil.rmtree(place / made)
         monkeypatch.chdir(place)
         monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
         for block in chosen:

@@ -116,19 +116,26 @@ def test_params_json_holds_only_what_meta_knows(tmp_path):
     }
 
 
+@pytest.fixture(scope="module")
+def real_vocabulary(tmp_path_factory):
+    """A small model with all of Llama 3's tokens, in Hugging Face's format."""
+    folder = tmp_path_factory.mktemp("real")
+    write_meta(folder / "meta", params(vocab=128256), tokenizer=real_tokenizer())
+    convert(folder / "meta", folder / "hf", instruct=True)
+    return folder / "hf"
+
+
 @pytest.mark.parametrize("shards", [1, 2])
-def test_metas_own_loader(shards, tmp_path):
+def test_metas_own_loader(shards, real_vocabulary, tmp_path):
     """`Llama3.build` takes the directory as it is, tokenizer included, and generates what `AutoModel...` does."""
-    write_meta(tmp_path / "first", params(vocab=128256), tokenizer=real_tokenizer())
-    convert(tmp_path / "first", tmp_path / "hf", instruct=True)
-    convert(tmp_path / "hf", tmp_path / "meta", mp=shards)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    convert(real_vocabulary, tmp_path / "meta", mp=shards)
+    tokenizer = AutoTokenizer.from_pretrained(real_vocabulary)
     prompts = [tokenizer(text)["input_ids"] for text in ("The capital of France is", "def main():\n    ")]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     script = Path(__file__).parent / "meta_build.py"
     printed = torchrun(shards, script, tmp_path / "meta", tmp_path / "prompts.json", str(NEW_TOKENS))
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(real_vocabulary, dtype=torch.float32)
     for prompt, theirs in zip(prompts, json.loads(printed.splitlines()[-1]), strict=True):
         ours = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
         assert len(theirs) == NEW_TOKENS and ours[0, len(prompt) :].tolist() == theirs
