@@ -35,8 +35,11 @@ def convert(*options):
     assert result.returncode == 0, result.stderr
 
 
+LONG = [["--to", "meta", "--mp", "8"], ["--dtype", "float16", "--no-verify"]]
+
+
 @pytest.mark.parametrize(
-    "options", [["--to", "hf"], ["--to", "meta", "--mp", "8"], ["--dtype", "float16", "--no-verify"]], ids=" ".join
+    "options", [["--to", "hf"], *(pytest.param(one, marks=pytest.mark.long) for one in LONG)], ids=" ".join
 )
 def test_memory_is_bounded(options, source, tmp_path):
     assert sum(path.stat().st_size for path in source.glob("*.pth")) > MODEL_BYTES > 2 * MEMORY_BYTES
@@ -45,12 +48,14 @@ def test_memory_is_bounded(options, source, tmp_path):
         convert(tmp_path / "target", tmp_path / "back", "--to", "meta", "--no-verify")
 
 
+@pytest.mark.long
 def test_memory_of_distributed_checkpoints_is_bounded(source, tmp_path):
     result = limited("-m", "hf_llama3", "convert", source, tmp_path / "dcp", "--to", "dcp", limit=2 * MEMORY_BYTES)
     assert result.returncode == 0, result.stderr
     convert(tmp_path / "dcp", tmp_path / "hf", "--no-verify")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bf16", "q8_0"])
 def test_memory_of_gguf_is_bounded(dtype, source, tmp_path):
     """Both ways. Decoded blocks are four times as large and take the most time: one layer of them is enough."""
@@ -69,6 +74,7 @@ assert set(model.hf_device_map.values()) == {"cpu", "disk"}
 """
 
 
+@pytest.mark.long
 def test_memory_of_a_load_with_offload_is_bounded(source, tmp_path):
     """What goes to disk is never in memory together; the control is a load that needs no disk."""
     result = limited("-c", LOAD, source, "1100MB", tmp_path, limit=MODEL_BYTES)
@@ -81,6 +87,7 @@ def test_the_limit_holds():
     assert "MemoryError" in limited("-c", f"bytearray({MODEL_BYTES})").stderr
 
 
+@pytest.mark.long
 def test_memory_of_packing_is_bounded(source, tmp_path):
     """With torch and transformers loaded, which take half of this, one weight of 130 MB at a time, in two orders."""
     result = limited("-m", "hf_llama3", "pack", source, tmp_path / "target", limit=1_000_000_000)

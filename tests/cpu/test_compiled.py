@@ -204,6 +204,7 @@ print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_
 """
 
 
+@pytest.mark.long
 def test_another_process_finds_the_code_on_disk(tmp_path):
     """One graph is compiled by the first, for one row, and none by the second."""
     environment = ENVIRONMENT | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -16,7 +16,7 @@ def test_equal_to_upstream(check, dtype):
     check(*make_pair(dtype))
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.long)])
 @torch.no_grad()  # flex attention has no backward on a CPU
 def test_attention_implementations(implementation):
     check_logits(*make_pair(attention=implementation))
