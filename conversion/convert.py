@@ -33,7 +33,7 @@ from .opening import open_checkpoint
 from .plan import DEFAULT_SHARD_SIZE, TORCHTITAN, Plan, plan_dcp, plan_gguf, plan_hf, plan_meta
 from .provenance import MEMORY_BYTES, PROVENANCE, ConversionReport, make_provenance
 from .streaming import JOURNAL, Stream, check_streamed, kept_files, stream_of, write_streamed
-from .tokenizer.files import read_sentencepiece, tokenizer_paths
+from .tokenizer.files import read_sentencepiece, sentencepiece_files, tokenizer_paths
 from .tokenizer.rows import require_rows, resize, tokens_without_rows
 from .verify import VerificationReport, verify_checkpoints
 
@@ -119,7 +119,7 @@ def carry_out(
     beside = [] if checkpoint.format == "gguf" else sorted(checkpoint.path.iterdir())
     refuse_links(checkpoint.folder, [path for path in beside if path.suffix == ".json"])
     seen = {path: identity(path) for path in beside}
-    check_small_files(checkpoint, verify)
+    check_small_files(plan, verify)
     may_go = is_gguf if plan.to == "gguf" else is_checkpoint
     needed = plan.needed_bytes
     if streamed:
@@ -222,17 +222,21 @@ def make_gguf_plan(checkpoint: Checkpoint, target: Path, dtype: str | None, **ot
     return plan_gguf(checkpoint, target.name, kind)
 
 
-def check_small_files(source: Checkpoint, verify: bool):
+def check_small_files(plan: Plan, verify: bool):
     """Check the small files that are read while tensors are written, before the first one is.
 
     Raises:
-        UserError: a list of hashes, or a sentencepiece model, is damaged.
+        UserError: a list of hashes, or a sentencepiece model, is damaged, or the latter holds what the target cannot.
     """
+    source = plan.source
     checklist = source.path / CHECKLIST
     if verify and checklist.exists():
         read_sums(checklist)
     if source.tokenizer_kind == "sentencepiece" and source.hf_tokenizer is None:
-        read_sentencepiece(source.tokenizer)
+        if plan.to == "meta":
+            read_sentencepiece(source.tokenizer)
+        else:
+            sentencepiece_files(source)
 
 
 def execute(plan: Plan, folder: Path, report: ConversionReport, verify, progress, streamed, plan_from):

@@ -7,18 +7,21 @@ other kinds at all. So a Hugging Face folder's own files travel beside it, in a 
 import hashlib
 from pathlib import Path
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 from hf_llama3.files.json import to_json
 from hf_llama3.files.reading import read_file, refuse_links
 
 from ..checkpoint import Checkpoint
 from ..config.schema import TOKENIZER_FILES, read_small
 from .bpe import NUM_SPECIAL_TOKENS, all_merges, hf_tokenizer_files, meta_tokenizer_file, read_ranks
+from .proof import hard_texts
 from .templates import TEMPLATE_FOLDER
 
 TOKENIZER_MODEL = "tokenizer.model"
 CARRIED = "huggingface"  # their folder in a directory of Meta's
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # the class that transformers 4 and 5 and all engines know
+# What to do about a tokenizer.model that no tokenizer.json can be made of
+WITHOUT = "to convert the weights alone, move it elsewhere; then put Hugging Face's files of this tokenizer beside them"
 # Other names for it, known to version 5 only.
 NEW_CLASSES = ("TokenizersBackend",)
 
@@ -116,22 +119,45 @@ def sentencepiece_files(source: Checkpoint) -> dict[str, bytes]:
     """Return Hugging Face's files for Llama 2's tokenizer.model.
 
     Raises:
-        UserError: the extra `llama2` is missing, or the file is no sentencepiece model.
+        UserError: the extra `llama2` is missing, the file is no sentencepiece model, or not one like Llama 2's.
     """
     model = read_sentencepiece(source.tokenizer)
-    unknown, begin, end = (model.id_to_piece(index) for index in (model.unk_id(), model.bos_id(), model.eos_id()))
+    ids = {"unk_token": model.unk_id(), "bos_token": model.bos_id(), "eos_token": model.eos_id()}
+    if lacking := [name for name, index in ids.items() if index < 0]:
+        raise UserError(f"{source.tokenizer} must have the tokens {', '.join(ids)}, and lacks {lacking[0]}; {WITHOUT}")
     config = {
         "tokenizer_class": PORTABLE_CLASS,
-        **{"unk_token": unknown, "bos_token": begin, "eos_token": end},
+        **{name: model.id_to_piece(index) for name, index in ids.items()},
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": source.config["max_position_embeddings"],
     }
+    tokenizer = build_sentencepiece(model)
+    check_pieces(model, tokenizer, source.tokenizer)
     return {
-        "tokenizer.json": build_sentencepiece(model).to_str(pretty=True).encode(),
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
         "tokenizer_config.json": to_json(config),
         TOKENIZER_MODEL: read_file(source.tokenizer),
     }
+
+
+def check_pieces(model, tokenizer, path: Path):
+    """Check that a sentencepiece model has no settings that the tokenizer made of it lacks: other rules for what a text
+    becomes before it is split, or another way of splitting than merges.
+
+    Raises:
+        UserError: some text is encoded otherwise.
+    """
+    names = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    texts = [text for text in hard_texts() if not any(name in text for name in names)]
+    made = tokenizer.encode_batch(texts, add_special_tokens=False)
+    for text, ids, encoding in zip(texts, model.encode(texts), made, strict=True):
+        if ids != encoding.ids:
+            changed = model.normalize(text)
+            plain = "\u2581" + text.replace(" ", "\u2581")
+            why = f", since it changes that to {quoted(changed)} first" if changed != plain else ""
+            what = f"{path} encodes {quoted(text)} as {quoted(ids)}{why}"
+            raise UserError(f"{what}, and no tokenizer.json that is made of it does; {WITHOUT}")
 
 
 def read_sentencepiece(path: Path):

@@ -22,17 +22,45 @@ TEXTS = [
 VOCAB = 512
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_model(tmp_path_factory):
-    """A small model trained as Llama 2's was: BPE, bytes as a fallback, digits apart, no normalisation."""
-    folder = tmp_path_factory.mktemp("sentencepiece")
+def train_sentencepiece(folder, **other):
+    """Train a small model as Llama 2's was: BPE, bytes as a fallback, digits apart, no normalisation."""
     (folder / "text.txt").write_text(python_documentation()[:200_000])
+    settings = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False} | other
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=VOCAB, model_type="bpe",
-        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, minloglevel=2,
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=VOCAB, byte_fallback=True,
+        split_digits=True, allow_whitespace_only_pieces=True, minloglevel=2, **settings,
     )  # fmt: skip
     return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory):
+    return train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"))
+
+
+# Settings of sentencepiece's trainer that no tokenizer.json of ours carries -> what is said
+OTHER_SETTINGS = {
+    "a table of characters": ({"normalization_rule_name": "nmt_nfkc"}, r"since it changes that to '.*' first"),
+    "no space before a text": ({"add_dummy_prefix": False}, "since it changes that to '.*' first"),
+    "fewer spaces": ({"remove_extra_whitespaces": True}, "since it changes that to '.*' first"),
+    "spaces after words": ({"treat_whitespace_as_suffix": True}, "since it changes that to '.*' first"),
+    "another kind": ({"model_type": "unigram"}, "as .*, and no tokenizer.json"),
+    "no begin token": ({"bos_id": -1}, "must have the tokens unk_token, bos_token, eos_token, and lacks bos_token"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SETTINGS)
+def test_other_settings_are_found_in_the_plan(case, tmp_path):
+    settings, words = OTHER_SETTINGS[case]
+    train_sentencepiece(tmp_path, **settings)
+    write_meta(tmp_path / "meta", params(kv_heads=8, vocab=VOCAB), tokenizer=tmp_path / "tokenizer.model")
+    for target, options in (("out", {"dry_run": True}), ("out", {"verify": False}), ("out.gguf", {})):
+        with pytest.raises(UserError, match=rf"tokenizer.model .*{words}.*; to convert the weights alone, move it"):
+            convert(tmp_path / "meta", tmp_path / target, **options)
+    assert not list(tmp_path.glob("out*"))
+    assert convert(tmp_path / "meta", tmp_path / "two", mp=2).verification.ok  # its bytes cross as they are
+    (tmp_path / "meta" / "tokenizer.model").rename(tmp_path / "elsewhere.model")
+    assert convert(tmp_path / "meta", tmp_path / "out").verification.ok
 
 
 @pytest.fixture
