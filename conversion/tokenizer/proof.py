@@ -4,6 +4,7 @@ from hf_llama3.errors import UserError, quoted
 from hf_llama3.files.reading import read_file
 
 from ..checkpoint import Checkpoint
+from .bounds import read_tokenizer_file
 from .readings import Reading, read_hub_files, read_ranks_as_meta, read_sentencepiece_model
 from .templates import llama3_chat_template
 
@@ -85,6 +86,8 @@ def files_by_reader(checkpoint: Checkpoint) -> dict[str, tuple]:
 
 def read(checkpoint: Checkpoint, kind: str) -> Reading:
     if kind == HUB:
+        if (path := checkpoint.hf_tokenizer / "tokenizer.json").is_file():
+            read_tokenizer_file(path)  # what is in the way of reading it at all
         return read_hub_files(checkpoint.hf_tokenizer)
     if checkpoint.tokenizer_kind == "sentencepiece":
         return read_sentencepiece_model(checkpoint.tokenizer)
