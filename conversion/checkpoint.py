@@ -55,14 +55,14 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What it is called: owner and name for one from the Hub, otherwise the name of its folder or file."""
-        folder, inside = self.folder.resolve(), [self.path.name] if self.format == "gguf" else []
-        if folder.name == "original" and not inside:
-            folder = folder.parent
-        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-            repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-            return "/".join([repo, *inside])
-        return inside[0] if inside else folder.name
+        """What it is called: as on the Hub, if it lies in its cache, otherwise by the name of its folder or file."""
+        place = self.folder.resolve() / (self.path.name if self.format == "gguf" else "")
+        place = place.parent if place.name == "original" else place
+        for commit in (place, *place.parents):
+            if commit.parent.name == "snapshots" and commit.parent.parent.name.startswith("models--"):
+                repo = commit.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+                return "/".join([repo, *place.relative_to(commit).parts])
+        return place.name
 
     @property
     def files(self) -> list[Path]:
@@ -122,10 +122,11 @@ class Checkpoint:
         """
         for taken, left_out in self.copies:
             if not same_tensors([taken], [left_out]):
-                files = f"{taken.file.path.name} and {left_out.file.path.name}"
-                raise UserError(
-                    f"{self.path}: {files} must hold the same key/value head, as they do in the first layer"
-                )
+                raise self.no_copies(taken, left_out)
+
+    def no_copies(self, taken: StoredTensor, left_out: StoredTensor) -> UserError:
+        files = f"{taken.file.path.name} and {left_out.file.path.name}"
+        return UserError(f"{self.path}: {files} must hold the same key/value head, as they do in the first layer")
 
     def cut(self, row: Row, start: int, stop: int) -> list[Part]:
         """Return the elements from `start` to `stop` along the divided dimension, as parts to be concatenated."""

@@ -104,8 +104,9 @@ def convert(
             checkpoint = merge_adapter(checkpoint, Path(adapter))
         return make_plan(checkpoint, target, to, mp, model_type, dtype, max_shard_size)
 
-    with stream_of(source, target, stream, adapter and Path(adapter)) as streamed:
+    with stream_of(source, target, stream, adapter and Path(adapter)) as (streamed, note):
         plan = plan_from(streamed.folder if streamed else source)
+        plan.notes += [note] if note else []
         return carry_out(plan, source, target, dry_run, overwrite, verify, progress, started, streamed, plan_from)
 
 
@@ -246,9 +247,9 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify, progress
     clear(folder, keep=kept)  # left by an earlier run, and not continued
     with ThreadPoolExecutor(2) as beside:
         small_files = beside.submit(plan.make_small_files)
-        checklist = source.path / CHECKLIST
+        checklist, unread = source.path / CHECKLIST, streamed.files if streamed else ()
         same_copies = beside.submit(source.check_copies)
-        checked = beside.submit(check_sums, checklist, progress) if verify and checklist.is_file() else None
+        checked = beside.submit(check_sums, checklist, progress, but=unread) if verify and checklist.is_file() else None
         with byte_bar("writing", plan.nbytes, progress) as bar:
             if streamed:
                 report.resumed, report.largest_error = write_streamed(

@@ -7,7 +7,7 @@ from pathlib import Path
 from hf_llama3.files.picture import draw_bars
 
 from .checkpoint import Checkpoint
-from .hub import described
+from .hub.hollow import described
 from .opening import open_checkpoint
 from .weights import HEAD_MODULES, sizes
 

@@ -13,7 +13,7 @@ from .formats.gguf import SPLIT_NAME, SUFFIX, open_gguf
 from .formats.hf import open_hf, refuse_adapter
 from .formats.meta import PARAMS_FILE, SHARD_GLOBS, open_meta
 from .formats.torch_files import ADAPTER, is_weights, refuse_lone_adapter
-from .hub import fetch
+from .hub.cache import fetch
 from .tokenizer.bpe import VERSIONS
 
 

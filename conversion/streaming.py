@@ -1,7 +1,8 @@
 """Convert a repository on the Hub file by file: fetch one, write its tensors to their places, drop it.
 
-So the disk never holds the model twice. Headers are enough for the plan. A run resumes what an earlier one has written:
-a journal in the unfinished target lists the files whose tensors are in their places.
+So the disk never holds the model twice. The lists of tensors are enough for the plan. A tensor of which several files
+hold parts is filled by one after another. A run resumes what an earlier one has written: a journal in the unfinished
+target lists the files whose tensors are in their places.
 """
 
 import contextlib
@@ -13,19 +14,24 @@ from pathlib import Path
 
 from hf_llama3.errors import UserError, shown
 from hf_llama3.files.atomic import OURS, finish, parent_of, sync, write_file
-from hf_llama3.files.hashes import hash_file
+from hf_llama3.files.hashes import CHECKLIST, check_sums, hash_file, read_sums
 from hf_llama3.files.json import read_json, to_json
 from hf_llama3.files.schema import OBJECT, check, text
 
-from .formats.storage import SourceFile, write_all
-from .formats.writing import checksum_if_written, reserve
-from .hub import HubName, fetch_file, hollow_files, parse_name, sizes_to_fetch
+from .checkpoint import Checkpoint
+from .formats.gguf import Quantise
+from .formats.storage import SourceFile, row_blocks, write_all
+from .formats.writing import checksum_if_written, checksum_of, holds_part, reserve, write_part
+from .hub.cache import commit_of, fetch, fetch_file, sizes_to_fetch
+from .hub.hollow import hollow_files
+from .hub.names import HubName, parse_name
+from .hub.parts import NotInParts
 from .plan import Plan
 from .weights import EMBEDDING, OUTPUT
 
 JOURNAL, FETCHED = f".streamed{OURS}", ".fetched"  # in the unfinished target
 AT_ONCE = 2  # the most files of the source on the disk: one that is read, and the next
-JOURNAL_KEYS = {"plan": text(), "done": OBJECT}
+JOURNAL_KEYS = {"plan": text(), "done": OBJECT, "copies": OBJECT}
 
 
 @dataclass(eq=False)
@@ -34,8 +40,9 @@ class Stream:
 
     name: HubName
     commit: str
+    inside: str  # folder in the repository, "" or "original/"
     folder: Path
-    files: dict[str, int]  # file of weights -> bytes
+    files: dict[str, int]  # file of weights, by its path in the folder -> bytes
     merged: str = ""  # hash of the adapter that is merged on the way
 
     @property
@@ -45,7 +52,7 @@ class Stream:
     @property
     def room(self) -> int:
         """The most bytes of the source that are on the disk at once."""
-        return AT_ONCE * max(self.files.values())
+        return min(AT_ONCE, len(self.files)) * max(self.files.values())
 
     def say(self, target: int) -> str:
         """Return how much disk each way takes."""
@@ -58,8 +65,8 @@ class Stream:
     @contextlib.contextmanager
     def fetched(self, file: str, place: Path) -> Iterator[None]:
         """Fetch one file, which replaces the sparse one inside the block."""
-        hollow, aside = self.folder / file, self.folder.parent / f"{file}.hollow"
-        there = fetch_file(self.name, self.commit, file, place)
+        hollow, aside = self.folder / file, self.folder.parent / f"{file.replace('/', '--')}.hollow"
+        there = fetch_file(self.name, self.commit, self.inside + file, place)
         hollow.rename(aside)
         hollow.symlink_to(there.resolve())
         try:
@@ -71,31 +78,42 @@ class Stream:
 
 
 @contextlib.contextmanager
-def stream_of(source, target: Path, wanted: bool | None, adapter: Path | None = None) -> Iterator[Stream | None]:
+def stream_of(source, target: Path, wanted: bool | None, adapter: Path | None = None) -> Iterator[tuple]:
     """Return a repository to be read file by file, if that is wanted or the disk lacks room; otherwise None.
 
     Args:
         wanted: None to look at the disk.
         adapter: the folder of one that is merged on the way.
 
+    Returns:
+        The `Stream` or None, and a note for the user or None.
+
     Raises:
         UserError: it is wanted, but the repository cannot be read so.
     """
     name = parse_name(source)
-    if name is None and wanted:
-        raise UserError(f"--stream is for a repository on the Hub, got {source}; leave it out")
-    if name is None or wanted is False or (wanted is None and fits(sum(sizes_to_fetch(source).values()), target)):
-        yield None
+    if wanted and (name is None or name.file):
+        kind = "a repository of safetensors or of torch.save's files" if name else "a repository on the Hub"
+        raise UserError(f"--stream is for {kind}, got {source}; leave it out")
+    if name is None or name.file or wanted is False:
+        yield None, None
         return
-    with hollow_files(name, source) as folder:
-        reason, files = "it has no headers of safetensors to plan by", {}
-        if folder is not None:
-            files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-        if files:
-            stream, reason = Stream(name, folder.name, folder, files, hash_adapter(adapter)), None
-        if reason and wanted:
-            raise UserError(f"{name.repo} cannot be read file by file, since {reason}; leave out --stream")
-        yield None if reason else stream
+    texts = fetch(source, weights=False)
+    if wanted is None and fits(sum(sizes_to_fetch(name, texts).values()), target):
+        yield None, None
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            folder, files = stack.enter_context(hollow_files(name, texts, source))
+        except NotInParts as error:
+            if wanted:
+                raise UserError(
+                    f"{name.repo} cannot be read file by file, since {error}; leave out --stream"
+                ) from error
+            found = None, f"the files are not read one after another, since {error}"
+        else:
+            found = Stream(name, *commit_of(texts), folder, files, hash_adapter(adapter)), None
+        yield found
 
 
 def hash_adapter(folder: Path | None) -> str:
@@ -116,12 +134,21 @@ def check_streamed(plan: Plan):
     Raises:
         UserError: it does; the sentence says which.
     """
-    stored = plan.source.tensors
-    if plan.source.tied and stored[OUTPUT.hf][0] is not stored[EMBEDDING.hf][0]:
-        raise UserError(
-            f"{plan.source.name} stores a head beside the embedding that it is tied to, which have to be compared "
-            "first; add --no-stream, and make room for all of it"
-        )
+    remedy = "add --no-stream, and make room for all of it"
+    heads, embeddings = (plan.source.tensors[row.hf] for row in (OUTPUT, EMBEDDING))
+    apart = any(
+        head is not embedding and (head.file.path != embedding.file.path or head.file.path.suffix == ".safetensors")
+        for head, embedding in zip(heads, embeddings, strict=True)
+    )
+    if plan.source.tied and apart:
+        what = "a head beside the embedding that it is tied to, which have to be compared first"
+        raise UserError(f"{plan.source.name} stores {what}; {remedy}")
+    if isinstance(plan.cast, Quantise):
+        for file in plan.files:
+            for tensor, assembly in file.tensors:
+                if not assembly.has_whole_blocks:
+                    what = f"{shown(tensor)} in files whose parts are no multiples of a block of {plan.cast.to.name}"
+                    raise UserError(f"{plan.source.name} stores {what}; {remedy}")
 
 
 def write_streamed(
@@ -141,6 +168,7 @@ def write_streamed(
     laid_out = lay_out(plan)
     journal = read_journal(folder, f"{stream.commit} {laid_out} {stream.merged}".rstrip())
     error, resumed = None, sorted(journal["done"])
+    sums = read_sums(stream.folder / CHECKLIST) if verify and (stream.folder / CHECKLIST).is_file() else {}
     for file in plan.files:
         make_room(folder / f"{file.name}.partial", file.layout.size, journal)
     for file, size in stream.files.items():
@@ -148,20 +176,31 @@ def write_streamed(
             with stream.fetched(file, folder / FETCHED):
                 again = remake()
                 if lay_out(again) != laid_out:
-                    raise UserError(f"{shown(file)} of {stream.name.repo} is not what its header said; try again")
+                    what = (
+                        f"{shown(file)} of {stream.name.repo} differs from the parts of it that the plan was made from"
+                    )
+                    raise UserError(f"{what}; add --no-stream")
+                if file in sums:
+                    check_sums(stream.folder / CHECKLIST, only=(file,))
                 journal["done"][file] = write_from(again, file, folder, verify)
+                journal["copies"][file] = hash_copies(again.source, file)
                 for one in plan.files:
                     sync(folder / f"{one.name}.partial")
             if again.cast is not None:
                 error = max(error or 0.0, again.cast.largest_error)
             write_file(folder / JOURNAL, to_json(journal))
         progress(size)
+    compare_copies(plan.source, journal)
     for file in plan.files:
-        path, checksums = folder / f"{file.name}.partial", {}
+        path, known = folder / f"{file.name}.partial", {}
         for done in journal["done"].values():
-            checksums |= done.get(file.name, {})
+            known |= done.get(file.name, {})
         with open(path, "r+b", buffering=0) as out:
-            for offset, content in file.layout.fixed([checksums[str(index)] for index in range(len(file.tensors))]):
+            checksums = [
+                known[str(index)] if str(index) in known else checksum_of(out, offset, assembly.nbytes)
+                for index, ((_, assembly), offset) in enumerate(zip(file.tensors, file.layout.offsets, strict=True))
+            ]
+            for offset, content in file.layout.fixed(checksums):
                 write_all(out, content, offset)
         finish(path)
     return resumed, error
@@ -178,29 +217,63 @@ def lay_out(plan: Plan) -> str:
 
 
 def write_from(plan: Plan, name: str, folder: Path, verify: bool) -> dict[str, dict[str, int]]:
-    """Write the tensors of one file of the source; return checksums by target file and place."""
+    """Write what one file of the source holds of each tensor; return checksums of whole ones by file and place."""
     found = {}
     for file in plan.files:
         path = folder / f"{file.name}.partial"
         with open(path, "r+b", buffering=0) as out:
             for index, ((tensor, assembly), offset) in enumerate(zip(file.tensors, file.layout.offsets, strict=True)):
-                if {part.file.path.name for part in assembly.parts} != {name}:
-                    continue
-                checksum = assembly.write(out, offset, lambda count: None, file.layout.needs_checksums)
-                found.setdefault(file.name, {})[str(index)] = checksum
-                if verify and checksum_if_written(assembly, SourceFile(path), offset, with_checksum=False) is None:
+                there = [number for number, part in enumerate(assembly.parts) if is_in(part.file, name, plan.source)]
+                if len(there) == len(assembly.parts):
+                    checksum = assembly.write(out, offset, lambda count: None, file.layout.needs_checksums)
+                    found.setdefault(file.name, {})[str(index)] = checksum
+                    same = not verify or checksum_if_written(assembly, SourceFile(path), offset, False) is not None
+                else:
+                    for number in there:
+                        write_part(assembly, number, out, offset)
+                    same = not verify or all(holds_part(assembly, number, out, offset) for number in there)
+                if not same:
                     raise UserError(f"{path} differs from its source in {shown(tensor)}; please report this")
     return found
+
+
+def is_in(file: SourceFile, name: str, source: Checkpoint) -> bool:
+    return file.path.relative_to(source.path).as_posix() == name
+
+
+def hash_copies(source: Checkpoint, name: str) -> dict[str, str]:
+    """Return hashes of the tensors of one file that are copies, or have some, by pair and side."""
+    found = {}
+    for index, pair in enumerate(source.copies):
+        for side, tensor in enumerate(pair):
+            if is_in(tensor.file, name, source):
+                digest = hashlib.sha256()
+                for rows in row_blocks(tensor.array):
+                    digest.update(tensor.file.take(tensor.array[rows]))
+                found[f"{index} {side}"] = digest.hexdigest()
+    return found
+
+
+def compare_copies(source: Checkpoint, journal: dict):
+    """Check that tensors which were left out as copies were copies.
+
+    Raises:
+        UserError: naming the files.
+    """
+    hashes = {place: digest for found in journal["copies"].values() for place, digest in found.items()}
+    for index, pair in enumerate(source.copies):
+        if hashes[f"{index} 0"] != hashes[f"{index} 1"]:
+            raise source.no_copies(*pair)
 
 
 def read_journal(folder: Path, plan: str) -> dict:
     """Return what an earlier run with the same plan has written."""
     path = folder / JOURNAL
     if path.is_file():
-        journal = check(read_json(path), JOURNAL_KEYS, path, tuple(JOURNAL_KEYS))
+        journal = {"copies": {}} | check(read_json(path), JOURNAL_KEYS, path, ("plan", "done"))
         if journal["plan"] == plan:
             return journal
-    return {"plan": plan, "done": {}}
+    return {"plan": plan, "done": {}, "copies": {}}
 
 
 def make_room(path: Path, size: int, journal: dict):

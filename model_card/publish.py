@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_llama3.conversion import inspect
 from hf_llama3.conversion.formats.hf import INDEX
-from hf_llama3.conversion.hub import endpoint
+from hf_llama3.conversion.hub.cache import endpoint
 from hf_llama3.errors import UserError
 from hf_llama3.files.atomic import system_errors, write_files
 

@@ -199,6 +199,12 @@ class Assembly:
     def nbytes(self) -> int:
         return self.dtype.bytes_of(self.shape)
 
+    @property
+    def has_whole_blocks(self) -> bool:
+        """Whether each part holds whole blocks of a type that is quantised."""
+        block = getattr(self.dtype, "block", 1)
+        return self.axis == 0 or all(part.array.shape[self.axis] % block == 0 for part in self.parts)
+
     def whole(self) -> np.ndarray:
         """Return all elements as one writable array.
 

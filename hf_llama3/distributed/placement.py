@@ -17,7 +17,7 @@ from transformers.integrations.accelerate import get_balanced_memory, get_max_me
 
 from hf_llama3.configuration_llama3 import Llama3Config
 from hf_llama3.conversion.checkpoint import Checkpoint
-from hf_llama3.conversion.hub import described
+from hf_llama3.conversion.hub.hollow import described
 from hf_llama3.conversion.opening import open_checkpoint
 from hf_llama3.errors import UserError, quoted, words_of
 from hf_llama3.files.atomic import system_errors

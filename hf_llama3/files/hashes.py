@@ -1,7 +1,7 @@
 """Lists of file hashes: read, checked and written."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -35,13 +35,20 @@ def read_sums(path: Path) -> dict[str, str]:
     return sums
 
 
-def check_sums(path: Path, progress: bool = False, remedy: str = "download it again"):
+def check_sums(
+    path: Path, progress: bool = False, remedy: str = "download it again", only: Container[str] | None = None, but=()
+):
     """Check the hash of every file of a list that is present.
+
+    Args:
+        only: the files that are meant, if not all are.
+        but: files that are not meant.
 
     Raises:
         UserError: a file has another hash.
     """
     sums = {name: value for name, value in read_sums(path).items() if (path.parent / name).is_file()}
+    sums = {name: sums[name] for name in sums if name not in but and (only is None or name in only)}
     total = sum((path.parent / name).stat().st_size for name in sums)
     with ThreadPoolExecutor(max_workers=2) as pool, byte_bar(f"checking {path.name}", total, progress) as bar:
         kinds = [HEX_DIGITS[len(value)] for value in sums.values()]

@@ -111,7 +111,7 @@ def resolve(call: Call):
     if file.large:
         headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": file.size}
     wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", call.headers.get("Range", ""))
-    if not wanted:
+    if not wanted or not call.hub.serves_parts:
         return 200, headers, content
     start, last = int(wanted[1]), min(int(wanted[2] or file.size), file.size - 1)
     if start >= file.size:

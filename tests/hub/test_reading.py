@@ -221,7 +221,7 @@ def refusing(hub, folders, elsewhere):
     hub.add("lab/fine", folders / "hf")
     hub.add("lab/gated", folders / "hf", gated=True)
     hub.add("other/private", folders / "hf", private=True)
-    hub.add("lab/empty", {"model.gguf": b"x"})
+    hub.add("lab/empty", {"README.md": b"x"})
     hub.add("lab/bin", {"config.json": config, "optimizer.bin": b"x" * 1000})
     safetensors = (folders / "hf" / "model-00001-of-00002.safetensors").read_bytes()
     index = json.dumps({"weight_map": {"model.norm.weight": str(elsewhere)}}).encode()

@@ -134,12 +134,19 @@ def test_what_another_command_left_is_written_again(change, client, hub, model, 
 
 
 def test_the_hub_is_asked_once_for_sizes(client, hub, model, tmp_path):
-    hub.add("lab/streamed-sizes", files_of(model))
-    for target, count in (("one", 1), ("two", 0)):  # then all files are in the cache
-        hub.clear()
-        client.run("convert", "lab/streamed-sizes", tmp_path / target, "--no-verify")
-        asked = [request for request in hub.log if "/paths-info/" in request.path]
-        assert len(asked) == count and len([r for r in hub.log if r.method == "HEAD"]) <= len(hub.downloads())
+    """Without --no-stream there is one request more, for the list of files; none when all of them are in the cache."""
+    counts = {}
+    for way, options in (("looks", ()), ("does-not", ("--no-stream",))):
+        hub.add(f"lab/streamed-{way}", files_of(model))
+        for turn in ("first", "second"):
+            hub.clear()
+            client.run("convert", f"lab/streamed-{way}", tmp_path / f"{way}-{turn}", "--no-verify", *options)
+            counts[way, turn] = [
+                request.method for request in hub.log if "/api/models/lab/streamed-" not in request.path
+            ]
+            counts[way, turn] += [request.path for request in hub.log if "/tree/" in request.path]
+    assert len(counts["looks", "first"]) == len(counts["does-not", "first"]) + 1
+    assert counts["looks", "second"] == counts["does-not", "second"] == []
 
 
 def test_no_more_than_one_file_of_the_source_is_there(client, hub, model, tmp_path):
@@ -206,7 +213,7 @@ def test_what_cannot_be_read_file_by_file(client, hub, model, tmp_path):
         convert(model, tmp_path / "meta", stream=True)
     hub.add("lab/streamed-pickled", {"config.json": (model / "config.json").read_bytes(), "pytorch_model.bin": b""})
     sentence = client.refuse("convert", "lab/streamed-pickled", tmp_path / "meta", "--stream")
-    assert "cannot be read file by file, since it has no headers of safetensors to plan by; leave out --s" in sentence
+    assert "cannot be read file by file, since pytorch_model.bin is no zip of torch.save's; leave out --s" in sentence
     hf_model(tied=True).save_pretrained(tmp_path / "tied")
     path = tmp_path / "tied" / "model.safetensors"
     save_file(load_file(path) | {"lm_head.weight": torch.zeros(512, 64).bfloat16()}, path, metadata={"format": "pt"})

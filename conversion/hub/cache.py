@@ -1,31 +1,25 @@
 """Fetch a checkpoint from the Hub: only the files that are needed, into a local folder.
 
-A name is `owner/name`, or `owner/name/original` for Meta's files beside Hugging Face's, with `@revision` after either.
 Files stay in huggingface_hub's cache, and are taken from there if the Hub cannot be reached.
 """
 
 import contextlib
-import json
-import os
-import re
-import shutil
-import tempfile
-from pathlib import Path, PurePath
-from typing import NamedTuple
+from pathlib import Path
 
-from hf_llama3.errors import UserError, without_password, words_of
+from hf_llama3.errors import UserError, shown, without_password, words_of
 from hf_llama3.files.json import read_json
 
-from .config.hf import read_config
-from .config.params import read_params
-from .formats.hf import INDEX, SINGLE
-from .formats.meta import PARAMS_FILE
-from .formats.torch_files import BIN, BIN_INDEX
-from .tokenizer.files import CARRIED
+from ..config.hf import read_config
+from ..config.params import read_params
+from ..formats.gguf import SPLIT_NAME, SUFFIX
+from ..formats.hf import INDEX, SINGLE
+from ..formats.meta import PARAMS_FILE
+from ..formats.torch_files import BIN, BIN_INDEX
+from ..tokenizer.files import CARRIED
+from .names import HubName, parse_name
 
 # huggingface_hub is imported where it is used: a local folder need not wait for it.
 
-NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<original>/original)?(?:@(?P<revision>.+))?")
 # Files that show the format; in the library's patterns "*" also matches "/".
 TELLING = ("config.json", "adapter_config.json", PARAMS_FILE)
 HF_TEXTS = ("*.json", "chat_template.jinja", "additional_chat_templates/*.jinja", "tokenizer.model")
@@ -33,28 +27,16 @@ HF_TEXTS += ("vocab.txt", "merges.txt")
 HF_WEIGHTS = ("*.safetensors",)
 HF_PICKLED = ("pytorch_model*.bin",)
 NOT_OF_HF = ("*/*.json", "*/*.safetensors", "consolidated*")  # copies for other tools, Meta's files
-META_FILES = ("*.json", "tokenizer.model", "checklist.chk", "consolidated.*", "*.pth", f"{CARRIED}/*")
-
-
-class HubName(NamedTuple):
-    repo: str
-    original: bool
-    revision: str | None  # the main branch, if None
-
-
-def parse_name(path) -> HubName | None:
-    """Parse a name on the Hub; None for a path that exists, or that no repository can have as its name."""
-    found = NAME.fullmatch(str(path))
-    if not found or os.path.lexists(path) or os.path.lexists(found["repo"]):
-        return None  # a folder exists here; with `original` or a revision it would name somebody's repository
-    return HubName(found["repo"], found["original"] is not None, found["revision"])
+META_TEXTS = ("*.json", "tokenizer.model", "checklist.chk", f"{CARRIED}/*")
+META_WEIGHTS = ("consolidated.*", "*.pth")
+MOST_LISTED = 4  # files in a sentence
 
 
 def fetch(path, weights: bool = True) -> Path:
-    """Return the local folder of a name on the Hub; a path is returned as it is.
+    """Return the local folder, or file of GGUF, of a name on the Hub; a path is returned as it is.
 
     Args:
-        weights: fetch the weights of a Hugging Face repository; Meta's files are always fetched whole.
+        weights: fetch the weights of a folder.
 
     Raises:
         UserError: the Hub lacks or refuses it, or cannot be reached and the cache lacks it.
@@ -62,6 +44,8 @@ def fetch(path, weights: bool = True) -> Path:
     name = parse_name(path)
     if name is None:
         return Path(path)
+    if name.file:
+        return fetch_gguf(name)
     folder = download(name, [f"original/{PARAMS_FILE}"] if name.original else TELLING)
     if not name.original and (folder / "config.json").exists():
         read_config(folder / "config.json")  # before gigabytes of what cannot be converted
@@ -71,10 +55,13 @@ def fetch(path, weights: bool = True) -> Path:
     inside = "original/" if name.original or not (folder / PARAMS_FILE).exists() else ""
     params = download(name, [inside + PARAMS_FILE]) / inside / PARAMS_FILE
     if not params.exists():
+        if not name.original:
+            name_gguf(name, folder.name)
         lacking = ("" if name.original else f"config.json, {PARAMS_FILE} nor ") + f"original/{PARAMS_FILE}"
         raise UserError(f"{name.repo} holds no {lacking} on the Hub; name a repository of a Llama model")
     read_params(params)
-    return download(name, [inside + pattern for pattern in META_FILES]) / inside
+    wanted = META_TEXTS + (META_WEIGHTS if weights else ())
+    return download(name, [inside + pattern for pattern in wanted]) / inside
 
 
 def fetch_hf(name: HubName, weights: bool) -> Path:
@@ -84,6 +71,7 @@ def fetch_hf(name: HubName, weights: bool) -> Path:
         return folder
     folder = download(name, (*HF_TEXTS, *HF_PICKLED), NOT_OF_HF)
     if not any((folder / file).exists() for file in (BIN, BIN_INDEX)):
+        name_gguf(name, folder.name)
         lacking = ", ".join((SINGLE, INDEX, BIN))
         raise UserError(
             f"{name.repo} holds no {lacking} nor {BIN_INDEX} on the Hub; name a repository with its weights"
@@ -91,77 +79,86 @@ def fetch_hf(name: HubName, weights: bool) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def described(path):
-    """Open a folder to inspect: for a name on the Hub, a temporary one with only the headers of its weights.
+def fetch_gguf(name: HubName) -> Path:
+    """Fetch a file of GGUF, or all files of a model that is split, and nothing else."""
+    folder, _, file = name.file.rpartition("/")
+    part = SPLIT_NAME.fullmatch(file)
+    wanted = f"{part[1]}-[0-9][0-9][0-9][0-9][0-9]-of-{part[3]}{SUFFIX}" if part else file
+    fetched = download(name, [f"{folder}/{wanted}" if folder else wanted])
+    if not (fetched / name.file).exists():
+        name_gguf(name, fetched.name)
+        raise UserError(
+            f"{name.repo} holds no file {shown(name.file)} on the Hub, nor any other of GGUF; mend the name"
+        )
+    return fetched / name.file
 
-    Its files of weights are as long as those on the Hub, but sparse. Meta's files, whose headers are at their end, and
-    what the Hub cannot serve in parts, are fetched whole.
+
+def name_gguf(name: HubName, commit: str):
+    """Refuse a name if its repository holds files of GGUF, one of which is meant.
+
+    Raises:
+        UserError: listing them, with the name to type.
     """
-    name, texts = parse_name(path), fetch(path, weights=False)
-    if name is None or not (texts / "config.json").exists():
-        yield texts
-        return
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made) / name.repo.split("/")[1]
-        if not copy_hollow(name, texts, folder):
-            yield fetch(path)
-            return
-        try:
-            yield folder
-        except UserError as error:
-            raise UserError(str(error).replace(str(folder), str(path))) from error
-
-
-@contextlib.contextmanager
-def hollow_files(name: HubName, path):
-    """Open a temporary folder of a commit's files with sparse weights (see `described`).
-
-    It is None where headers are not enough: for Meta's files, pickled weights, or if the Hub does not answer.
-    """
-    texts = fetch(path, weights=False)
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made, "models--" + name.repo.replace("/", "--"), "snapshots", texts.name)
-        is_hf = not name.original and (texts / "config.json").exists()
-        yield folder if is_hf and copy_hollow(name, texts, folder) else None
-
-
-def copy_hollow(name: HubName, texts: Path, folder: Path) -> bool:
-    """Fill a folder with a repository's small files and sparse weights; return whether the Hub served headers."""
-    folder.mkdir(parents=True)
-    for text in [text for pattern in HF_TEXTS for text in texts.glob(pattern)]:
-        (folder / text.relative_to(texts)).parent.mkdir(exist_ok=True)
-        shutil.copy(text, folder / text.relative_to(texts))
-    return add_hollow_weights(name, texts.name, folder)
-
-
-def sizes_to_fetch(path) -> dict[str, int]:
-    """Return the sizes of a Hugging Face repository's files of weights that are not in the cache, by name.
-
-    The Hub is asked once, and only if a file is missing. The dictionary is empty if none is, or without an answer.
-    """
-    name, texts = parse_name(path), fetch(path, weights=False)
-    if name.original or not (texts / "config.json").exists():
-        return {}
-    files = {SINGLE}
-    if (texts / INDEX).exists():
-        weight_map = read_json(texts / INDEX).get("weight_map")
-        files = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else set()
-    missing = sorted(file for file in files if not (texts / file).is_file())
-    if not missing:
-        return {}
     try:
-        return ask_sizes(name, texts.name, missing)
-    except Exception:  # an error is reported when the files are fetched
-        return {}
+        files = sorted(file for file in list_files(name, commit) if file.endswith(SUFFIX))
+    except Exception:  # without an answer there are none to list
+        return
+    parts = {file: SPLIT_NAME.fullmatch(file.rpartition("/")[2]) for file in files}
+    models = [file for file, part in parts.items() if not part or int(part[2]) == 1]
+    if models:
+        listed = ", ".join(shown(model, 80) for model in models[:MOST_LISTED])
+        listed += f", ... ({len(models)} of them)" if len(models) > MOST_LISTED else ""
+        what = f"no file {shown(name.file)}, but" if name.file else "only"
+        revision = f"@{name.revision}" if name.revision else ""
+        raise UserError(
+            f"{name.repo} holds {what} models in GGUF: {listed}; name one, as {name.repo}/{shown(models[0])}{revision}"
+        )
 
 
-def ask_sizes(name: HubName, commit: str, files: list[str]) -> dict[str, int]:
-    """Return the sizes of files of a commit by one request; names that it lacks are left out."""
+def list_files(name: HubName, commit: str) -> dict[str, int]:
+    """Return the sizes of all files of a commit, by one request for a thousand of them."""
     from huggingface_hub import HfApi
 
-    found = HfApi().get_paths_info(name.repo, files, revision=commit)
+    found = HfApi().list_repo_tree(name.repo, revision=commit, recursive=True)
     return {one.path: one.size for one in found if getattr(one, "size", None) is not None}
+
+
+def commit_of(texts: Path) -> tuple[str, str]:
+    """Return the commit of a folder that was fetched, and the folder in the repository: "" or "original/"."""
+    is_inside = texts.name == "original" and texts.parent.parent.name == "snapshots"
+    return (texts.parent.name, "original/") if is_inside else (texts.name, "")
+
+
+def list_weights(name: HubName, texts: Path) -> dict[str, int]:
+    """Return the sizes of a folder's files of weights, by their paths in it; the Hub is asked once."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    commit, inside = commit_of(texts)
+    sizes = {
+        file.removeprefix(inside): size for file, size in list_files(name, commit).items() if file.startswith(inside)
+    }
+    if not (texts / "config.json").exists() or inside:
+        kinds, but = META_WEIGHTS, ()
+    else:
+        kinds, but = HF_WEIGHTS if sizes.keys() & {SINGLE, INDEX} else HF_PICKLED, NOT_OF_HF
+    chosen = filter_repo_objects(sizes, allow_patterns=list(kinds), ignore_patterns=list(but))
+    return {file: sizes[file] for file in sorted(chosen)}
+
+
+def sizes_to_fetch(name: HubName, texts: Path) -> dict[str, int]:
+    """Return the sizes of the files of weights that are not in the cache, by name.
+
+    The Hub is asked once, unless an index or the only file shows that all are. It is empty without an answer, too.
+    """
+    for single, index in ((SINGLE, INDEX), (BIN, BIN_INDEX)):
+        weight_map = read_json(texts / index).get("weight_map") if (texts / index).exists() else None
+        files = set(weight_map.values()) if isinstance(weight_map, dict) else {single}
+        if all((texts / str(file)).is_file() for file in files):
+            return {}
+    try:
+        return {file: size for file, size in list_weights(name, texts).items() if not (texts / file).is_file()}
+    except Exception:  # an error is reported when the files are fetched
+        return {}
 
 
 def fetch_file(name: HubName, commit: str, file: str, place: Path) -> Path:
@@ -174,41 +171,6 @@ def fetch_file(name: HubName, commit: str, file: str, place: Path) -> Path:
 
     with hub_errors(name):
         return Path(hf_hub_download(name.repo, file, revision=commit, local_dir=place))
-
-
-def add_hollow_weights(name: HubName, commit: str, folder: Path) -> bool:
-    """Write sparse files of weights with their headers; return whether the Hub served headers.
-
-    Raises:
-        UserError: the Hub refuses.
-    """
-    from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
-
-    try:
-        for file, content in get_safetensors_metadata(name.repo, revision=commit).files_metadata.items():
-            if PurePath(file).name != file:
-                return False  # another name is an attack; the reader of whole files refuses it
-            write_hollow(folder / file, content.tensors)
-    except NotASafetensorsRepoError:
-        return False
-    except HfHubHTTPError as error:
-        raise UserError(explain(error, name)) from error
-    except Exception:  # no connection, or a damaged header or index: the library raises many kinds
-        return False
-    return True
-
-
-def write_hollow(path: Path, tensors: dict):
-    """Write a sparse safetensors file: its header, then a hole."""
-    header = {
-        tensor: {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": entry.data_offsets}
-        for tensor, entry in tensors.items()
-    }
-    encoded = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.truncate(8 + len(encoded) + max((entry.data_offsets[1] for entry in tensors.values()), default=0))
 
 
 def download(name: HubName, patterns, but=None) -> Path:
