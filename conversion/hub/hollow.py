@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 
 from hf_llama3.errors import UserError
+from hf_llama3.files.atomic import system_errors
 
 from .cache import HF_TEXTS, META_TEXTS, commit_of, explain, fetch, list_weights
 from .names import HubName, parse_name
@@ -29,7 +30,7 @@ def described(path):
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) / name.repo.split("/")[1] / commit_of(texts)[1]
         try:
-            with called(folder, path):
+            with called(folder, path), room_for_temporary():
                 copy_hollow(name, texts, folder)
         except NotInParts:
             yield fetch(path)
@@ -49,8 +50,13 @@ def hollow_files(name: HubName, texts: Path, path):
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made, "models--" + name.repo.replace("/", "--"), "snapshots", commit, inside)
         with called(folder, path):
-            sizes = copy_hollow(name, texts, folder)
+            with room_for_temporary():
+                sizes = copy_hollow(name, texts, folder)
             yield folder, sizes
+
+
+def room_for_temporary():
+    return system_errors(Path(tempfile.gettempdir()), "make room there, or name another place by TMPDIR")
 
 
 @contextlib.contextmanager

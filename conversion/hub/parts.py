@@ -5,6 +5,7 @@ header before each of its members follows from that list. What is made here has 
 file, and its size; the elements are a hole. Opening a checkpoint compares a few elements, see `add_compared`.
 """
 
+import struct
 from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -87,11 +88,16 @@ def add_hollow_pth(path: Path, size: int, fetch: Callable[[int, int], bytes]) ->
         for _ in range(count):
             member, flags, header, at = read_entry(directory, at)
             members.append((header, member, flags))
-    except (Damaged, ValueError, OSError) as error:
+        members.sort(key=lambda one: one[0])
+        ends = [header for header, _, _ in members[1:]] + [start]
+        hollow.members = [(header, end) for (header, _, _), end in zip(members, ends, strict=True)]
+        if not all(
+            header + len(local_header(*one)) + one[0].packed <= end
+            for (header, *one), end in zip(members, ends, strict=True)
+        ):
+            raise Damaged("its members overlap")
+    except (Damaged, ValueError, struct.error) as error:
         raise NotInParts(f"{path.name} is no zip of torch.save's") from error
-    members.sort(key=lambda one: one[0])
-    ends = [header for header, _, _ in members[1:]] + [start]
-    hollow.members = [(header, end) for (header, _, _), end in zip(members, ends, strict=True)]
     small = [is_small(member) for _, member, _ in members]
     runs = merged([place for place, is_list in zip(hollow.members, small, strict=True) if is_list])
     if sum(end - first for first, end in runs) > MOST_FETCHED:
@@ -101,7 +107,7 @@ def add_hollow_pth(path: Path, size: int, fetch: Callable[[int, int], bytes]) ->
     for (header, member, flags), (_, end), is_list in zip(members, hollow.members, small, strict=True):
         if not is_list:
             hollow.blank(header, end)  # elements that came with the end of the file would be compared with holes
-            hollow.put(header, local_header(member.name.encode(), flags, member))
+            hollow.put(header, local_header(member, flags))
     hollow.spans.clear()
     return hollow
 
@@ -111,9 +117,9 @@ def is_small(member: Member) -> bool:
     return "/data/" not in member.name and member.packed <= MAX_PICKLE_BYTES
 
 
-def local_header(name: bytes, flags: int, member: Member) -> bytes:
+def local_header(member: Member, flags: int) -> bytes:
     """Return a member's header without padding, so that its bytes begin before or where they do in the real file."""
-    wide = member.size >= MAX_32
+    name, wide = member.name.encode(), member.size >= MAX_32
     sizes = [MAX_32 if wide else member.packed, MAX_32 if wide else member.size]
     extra = b"\1\0\x10\0" + member.size.to_bytes(8, "little") * 2 if wide else b""
     fields = (b"PK\x03\x04", 45, flags, member.method, 0, 0, member.checksum, *sizes, len(name), len(extra))
