@@ -155,13 +155,15 @@ def check_names(found: set[str], expected: set[str], path: Path):
         UserError: some are missing or unknown; the sentence counts them and names the first.
     """
     problems = []
-    for verb, names in (("lacks", expected - found), ("holds unknown", found - expected)):
+    for verb, kind, names in (("lacks", "", expected - found), ("holds", "unknown ", found - expected)):
         if names:
             first = ", ".join(map(quoted, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
-            problems.append(f"{verb} {len(names)} tensor{'s' * (len(names) > 1)}: {first}")
+            problems.append(f"{verb} {len(names)} {kind}tensor{'s' * (len(names) > 1)}: {first}")
     if problems:
-        another = "; it is of another kind than its configuration says: take the one that came with these weights"
-        raise UserError(f"{path} {' and '.join(problems)}{'' if found & expected else another}")
+        another = "" if found & expected else "it is of another kind than its configuration says: "
+        remedy = f"{another}take the configuration that came with these weights"
+        missing = " or download the files that are missing" if found & expected and expected - found else ""
+        raise UserError(f"{path} {' and '.join(problems)}; {remedy}{missing}")
 
 
 def check_shapes(table: list[Row], shards: dict[str, list[StoredTensor]], config: dict, folder: Path, config_name: str):

@@ -100,7 +100,8 @@ def locate(path: Path) -> Path:
         raise UserError(f"{path} holds {shown(weights[0].name)} but no configuration; {configure(path)}")
     entries = sorted(path.iterdir())
     found = ", ".join(shown(entry.name, 60) for entry in entries[:4]) or "nothing"
-    within = [entry for entry in entries if any(os.access(entry / sign, os.R_OK) for sign in SIGNS)]
+    commits = sorted((path / "snapshots").glob("*/"), key=os.path.getmtime, reverse=True)  # in the Hub's cache
+    within = [entry for entry in (*entries, *commits) if any(os.access(entry / sign, os.R_OK) for sign in SIGNS)]
     remedy = f"; pass {within[0]}" if within else ""
     formats = f"a Hugging Face folder (config.json) nor one of Meta's ({PARAMS_FILE})"
     raise UserError(f"{path} is neither {formats}; it holds {found}{remedy}")

@@ -236,7 +236,7 @@ def test_configuration_without_weights(hf, tmp_path):
     [
         ("hidden_size", 128, "config.json makes model.embed_tokens.weight [512, 128], but it is [512, 64]"),
         ("num_hidden_layers", 3, "lacks 9 tensors: 'model.layers.2.input_layernorm.weight'"),
-        ("num_hidden_layers", 1, "holds unknown 9 tensors: 'model.layers.1.input_layernorm.weight'"),
+        ("num_hidden_layers", 1, "holds 9 unknown tensors: 'model.layers.1.input_layernorm.weight'"),
         (
             "num_key_value_heads",
             8,
@@ -262,7 +262,7 @@ def test_params_against_tensors(meta, tmp_path):
     ("change", "message"),
     [
         (lambda w: w.pop("norm.weight"), "lacks 1 tensor: 'norm.weight'"),
-        (lambda w: w.update(extra=torch.zeros(2)), "holds unknown 1 tensor: 'extra'"),
+        (lambda w: w.update(extra=torch.zeros(2)), "holds 1 unknown tensor: 'extra'; take the configuration that came"),
         (lambda w: w.update({"norm.weight": torch.zeros(65)}), "makes model.norm.weight [64], but it is [65]"),
         (lambda w: w.pop("tok_embeddings.weight"), "lacks 1 tensor: 'tok_embeddings.weight'"),
     ],

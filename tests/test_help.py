@@ -106,6 +106,15 @@ def test_folder_above_a_checkpoint(tmp_path):
     assert refuse("inspect", tmp_path).endswith(f"it holds meta; pass {tmp_path / 'meta'}")
 
 
+def test_folder_of_the_hubs_cache(tmp_path):
+    """The folder of a repository and not of one of its commits, of which the newest is named."""
+    repository = tmp_path / "models--somebody--model"
+    for commit in ("ffff", "0000"):
+        write_meta(repository / "snapshots" / commit, params())
+    os.utime(repository / "snapshots" / "0000", (2**31, 2**31))
+    assert refuse("inspect", repository).endswith(f"it holds snapshots; pass {repository / 'snapshots' / '0000'}")
+
+
 def test_folder_that_may_not_be_read(tmp_path):
     (tmp_path / "closed").mkdir(mode=0)
     if os.access(tmp_path / "closed", os.R_OK):

@@ -57,6 +57,8 @@ def read_config(path: Path, inferred: list[str] | None = None) -> dict:
     if not isinstance(kind, str) or kind not in KNOWN_TYPES:
         meaning = f" ({OTHER_TYPES[kind]})" if isinstance(kind, str) and kind in OTHER_TYPES else ""
         remedy = f"; transformers itself loads others: AutoModelForCausalLM.from_pretrained('{path.parent}')"
+        if kind is None:
+            remedy = '; if the model is a Llama, add "model_type": "llama"'
         raise UserError(
             f"`model_type` in {path} must be one of {sorted(KNOWN_TYPES)}, got {quoted(kind)}{meaning}{remedy}"
         )

@@ -21,12 +21,12 @@ CODE_LLAMA_ROPE_THETA = 1e6
 UNKNOWN_VERSION = "unknown"
 LLAMA2_VOCABULARIES = (32000, 32016)  # Llama 2, and Code Llama with its infilling tokens
 
-REFUSED = {
-    "quantization_args": "quantised weights",
-    "lora_args": "weights with LoRA adapters beside them",
-    "vision_model": "a vision model",
-    "vision_chunk_size": "a vision model",
-    "moe_args": "a mixture of experts (Llama 4)",
+REFUSED = {  # what each describes, and the remedy
+    "quantization_args": ("quantised weights", "take the same model in bfloat16"),
+    "lora_args": ("weights with LoRA adapters beside them", "take the same model in bfloat16"),
+    "vision_model": ("a vision model", "take one that reads text alone"),
+    "vision_chunk_size": ("a vision model", "take one that reads text alone"),
+    "moe_args": ("a mixture of experts (Llama 4)", "take a model of Llama 3"),
 }
 # (multiple_of, ffn_dim_multiplier) of the released models; they are tried first.
 RELEASED_MULTIPLIERS = ((256, 1.5), (256, None), (4096, 1.3), (1024, 1.3), (4096, 1.2))
@@ -88,9 +88,9 @@ def read_params(path: Path) -> dict:
         UserError: a key is missing or malformed, or shows that this is no Llama 3 text model.
     """
     params = {key: value for key, value in read_json(path).items() if value is not None}
-    for key, meaning in REFUSED.items():
+    for key, (meaning, remedy) in REFUSED.items():
         if params.get(key) not in (None, -1, {}):
-            raise UserError(f"{path} describes {meaning} (`{key}`), which has no Llama 3 text model to become")
+            raise UserError(f"{path} describes {meaning} (`{key}`); {remedy}")
     for key in PARAMS_REQUIRED:
         if key not in params:
             raise UserError(f"{path} lacks `{key}`; it is not the params.json of a Llama")
@@ -189,7 +189,9 @@ def config_to_params(config: dict, path: Path, kv_heads: int) -> dict:
         raise UserError(f"{path} ends with a head {head}: Meta's format has a place for output.weight alone{stays}")
     scaled = rope["rope_type"] != "default"
     if scaled and {**rope, "factor": 0, "rope_theta": 0} != {**llama3_scaling(0), "rope_theta": 0}:
-        raise UserError(f"{path}: Meta's format knows plain RoPE and Llama 3.1's scaling of 8192 tokens, got {rope}")
+        raise UserError(
+            f"{path}: Meta's format knows plain RoPE and Llama 3.1's scaling of 8192 tokens, got {rope}{stays}"
+        )
     multiple_of, multiplier = find_multiplier(hidden, config["intermediate_size"])
     params = {
         "dim": hidden,

@@ -197,16 +197,27 @@ def test_a_configuration_of_another_kind(folder):
         )
 
 
+def test_a_configuration_of_no_kind(folder):
+    change(folder / "config.json", model_type=None)
+    sentence = refuse("convert", folder, f"{folder}-out")
+    assert sentence.endswith("""got None; if the model is a Llama, add "model_type": "llama\"""")
+
+
 def test_weights_of_another_kind(folder):
     names = [f"transformer.h.{layer}.attn.c_attn.weight" for layer in range(30)]
     save_file({name: torch.zeros(2, 2) for name in names}, folder / "model.safetensors")
     for command in (("convert", folder, f"{folder}-out"), ("generate", folder, "abc"), push(folder)):
-        assert "it is of another kind than its configuration says: take the one that came with" in refuse(*command)
+        assert "it is of another kind than its configuration says: take the configuration that came with" in refuse(
+            *command
+        )
 
 
 def test_an_index_and_a_model_without_a_tensor(folder):
     model = hf_model(vocab_size=SMALL_VOCAB)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if "norm" not in name}
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"lacks 5 tensors: .*norm.weight', \.\.\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"lacks 5 tensors: .*norm.weight', \.\.\.; take the conf.* or download the files that are missing$",
+    ):
         inspect(folder)

@@ -105,7 +105,7 @@ def test_names_of_the_other_format(order, plain, tmp_path):
 def test_two_models_in_one_file_are_not_guessed(plain):
     weights = load_file(plain / "model.safetensors")
     folder = renamed(plain, "policy.{}".format, {f"reference.{name}": one for name, one in weights.items()})
-    with pytest.raises(UserError, match=r"lacks 21 tensors: .* and holds unknown 42 tensors: 'policy\."):
+    with pytest.raises(UserError, match=r"lacks 21 tensors: .* and holds 42 unknown tensors: 'policy\."):
         inspect(folder)
 
 

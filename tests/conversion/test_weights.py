@@ -55,5 +55,5 @@ def test_missing_and_unknown_names():
         check_names(names - {"model.norm.weight"}, names, "here")
     with pytest.raises(UserError, match=r"here lacks 21 tensors: 'lm_head.weight', .*, \.\.\."):
         check_names(set(), names, "here")
-    with pytest.raises(UserError, match=r"here lacks 1 tensor: 'lm_head.weight' and holds unknown 1 tensor: 'extra'"):
+    with pytest.raises(UserError, match=r"here lacks 1 tensor: 'lm_head.weight' and holds 1 unknown tensor: 'extra'"):
         check_names(names - {"lm_head.weight"} | {"extra"}, names, "here")
