@@ -69,10 +69,7 @@ def read_config(path: Path, inferred: list[str] | None = None) -> dict:
         raise UserError(f"`hidden_act` in {path} must be 'silu' as in every Llama, got {quoted(raw['hidden_act'])}")
 
     inferred = [] if inferred is None else inferred
-    for key, value in UNSAID[kind].items():
-        if key not in raw or (raw[key] is None and key == "max_position_embeddings"):
-            raw[key] = value
-            inferred.append(f"`{key}` {value:g}: {path.name} does not say it, and transformers takes that")
+    add_unsaid(raw, path, inferred)
     check(raw, CONFIG, path, CONFIG_REQUIRED)
     config = {key: raw.get(key) for key in GEOMETRY}
     if config["num_key_value_heads"] is None:
@@ -97,6 +94,14 @@ def read_config(path: Path, inferred: list[str] | None = None) -> dict:
         config |= {key: raw[key] for key in ("architectures", *LABEL_KEYS) if raw.get(key) is not None}
         check_labels(config, path)
     return config | {key: usual if raw.get(key) is None else raw[key] for key, usual in PASSED_ON.items()}
+
+
+def add_unsaid(raw: dict, path: Path, inferred: list[str]):
+    """Give the keys that a configuration leaves out the values that transformers takes."""
+    for key, value in UNSAID.get(raw.get("model_type"), {}).items():
+        if key not in raw or (raw[key] is None and key == "max_position_embeddings"):
+            raw[key] = value
+            inferred.append(f"`{key}` {value:g}: {path.name} does not say it, and transformers takes that")
 
 
 def read_token_id(key: str, value, path: Path, inferred: list[str]) -> int | list[int] | None:

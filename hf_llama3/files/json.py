@@ -39,6 +39,8 @@ def parse_json(content: bytes):
     Raises:
         ValueError: in one short sentence, whatever is wrong.
     """
+    if json.detect_encoding(content) != "utf-8":  # which no other tool reads
+        raise ValueError(f"it is {json.detect_encoding(content)}; save it as plain utf-8")
     structure = b"".join(content.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])  # outside of texts
     items = sum(structure.count(sign) for sign in (b",", b"{", b"["))
     if items > MAX_ITEMS:
@@ -47,7 +49,7 @@ def parse_json(content: bytes):
     for _ in range(MAX_DEPTH):
         brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
     try:
-        decoded = content.decode(json.detect_encoding(content))
+        decoded = content.decode("utf-8")
         value = json.loads(
             decoded,
             parse_int=to_int,

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.utils import logging
 
-from hf_llama3.conversion.config.hf import is_packed
+from hf_llama3.conversion.config.hf import add_unsaid, is_packed
 from hf_llama3.conversion.config.schema import CONFIG, CONFIG_REQUIRED, read_small_files
 from hf_llama3.conversion.load import load_checkpoint, load_meta_tokenizer
 from hf_llama3.conversion.opening import open_checkpoint, refuse_rope_factor
@@ -125,8 +125,10 @@ def is_packed_folder(name: str) -> bool:
 
 def read_folder(name: str, dtype: str, where: dict):
     """Load a Hugging Face folder."""
-    folder = Path(name)
-    config = check(read_json(folder / "config.json"), CONFIG, folder / "config.json", CONFIG_REQUIRED)
+    folder, path = Path(name), Path(name) / "config.json"
+    config = read_json(path)
+    add_unsaid(config, path, [])
+    check(config, CONFIG, path, CONFIG_REQUIRED)
     read_small_files(folder, config["vocab_size"])
     tokenizer = read_tokenizer(name)
     with loading(name):

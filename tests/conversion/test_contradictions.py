@@ -197,6 +197,15 @@ def test_a_configuration_of_another_kind(folder):
         )
 
 
+def test_a_configuration_without_its_context(folder):
+    """Text is generated with what transformers takes, as a conversion says it."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["max_position_embeddings"]
+    path.write_text(json.dumps(config))
+    assert run("generate", folder, "abc", "--max-new-tokens", 2).stdout.startswith("abc")
+
+
 def test_a_configuration_of_no_kind(folder):
     change(folder / "config.json", model_type=None)
     sentence = refuse("convert", folder, f"{folder}-out")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import params, small_tokenizer, write_meta
+from command_line import refuse
 
 from hf_llama3.conversion import convert, inspect
 from hf_llama3.conversion.config.hf import read_config
@@ -126,13 +127,23 @@ def test_bounds_of_structure():
     assert parse_json(b'["' + b"[{," * MAX_ITEMS + b'"]')  # what stands in a text is no structure
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_encodings_that_transformers_does_not_read(encoding, folders, tmp_path):
+    """As some editors save a file: no command takes a model that `from_pretrained` then refuses."""
+    shutil.copytree(folders / "hf", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(path.read_text(), encoding)
+    for command in (("convert", path.parent, tmp_path / "out"), ("card", path.parent), ("generate", path.parent, "a")):
+        assert refuse(*command).endswith(f"config.json is not valid JSON: it is {encoding}; save it as plain utf-8")
+
+
 def test_what_real_files_hold_is_read(folders, tmp_path):
-    """Keys of other tools, null where nothing is said, another encoding, a limit of 31 digits."""
+    """Keys of other tools, null where nothing is said, a limit of 31 digits."""
     there = json.loads((folders / "hf" / "config.json").read_text())
     odd = {"pretraining_tp": 1, "_name": {"a": [1, {"b": None}]}, "pad_token_id": -1, "initializer_range": None}
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192, "attention_factor": None}
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(there | odd | {"rope_scaling": yarn}), "utf-16")
+    path.write_text(json.dumps(there | odd | {"rope_scaling": yarn}))
     assert read_config(path)["pad_token_id"] == -1 and read_config(path)["initializer_range"] == 0.02
     limit = {"model_max_length": 1000000000000000019884624838656, "bos_token": None}
     assert inspect(change(folders, tmp_path, "hf", "tokenizer_config.json", limit)).format == "hf"
