@@ -87,7 +87,7 @@ def build_card(
         memory=memory_of(info),
         provenance=provenance,
         training=training and training | {"uniform_loss": math.log(training["vocab_size"])},
-        curves=CURVES_FILE if (folder / CURVES_FILE).exists() else None,
+        curves=CURVES_FILE if (folder / CURVES_FILE).is_file() else None,
         evaluations=read_evaluations(folder),
         files=files_of(folder, info, progress),
         package=__version__,

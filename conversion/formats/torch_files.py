@@ -60,7 +60,7 @@ def is_weights(path: Path) -> bool:
 def find_torchtune_adapters(folder: Path) -> list[Path]:
     """List torchtune's adapters under its own names of tensors: `adapter_0.pt`, by epoch, or `adapter_model.pt`."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else ()
-    return [path for path in paths if TORCHTUNE_ADAPTER.fullmatch(path.name) and path.is_file()]
+    return [path for path in paths if TORCHTUNE_ADAPTER.fullmatch(path.name)]
 
 
 def refuse_lone_adapter(folder: Path):

@@ -89,6 +89,13 @@ def require_file(path: Path, remedy: str = ""):
         raise UserError(not_a_file(path) + remedy)
 
 
+def require_files(folder: Path, remedy: str = ""):
+    """Refuse whatever below a folder is neither a file nor a folder."""
+    for path in sorted(folder.rglob("*")):
+        if not path.is_dir():
+            require_file(path, remedy)
+
+
 def not_a_file(path: Path) -> str:
     return f"{path} must be a file; it is a folder or a device"
 

@@ -17,6 +17,7 @@ from hf_llama3.files.atomic import is_taken, parent_of, system_errors, write_fil
 from hf_llama3.files.facts import CURVES_FILE, TRAINING_FACTS
 from hf_llama3.files.json import read_json, to_json
 from hf_llama3.files.picture import plot_curves
+from hf_llama3.files.reading import require_files
 
 from .data import Text
 from .prepare import FOLDER
@@ -39,6 +40,7 @@ def start_run(output: Path, text: Text, settings: Settings, resume: bool):
             f"--resume needs the optimiser's state, which --fsdp does not keep; go on with --from {output}/checkpoint-N"
         )
     if resume and run.exists():
+        require_files(output, "; move it elsewhere")
         facts = read_json(run)
         if others := differences(settings, facts["settings"]):
             raise UserError(f"{output} was begun with another {' and '.join(others)}; give what it was begun with")

@@ -21,7 +21,7 @@ TRAINING |= {"lr_scheduler", "lr_schedulers", "scheduler", "dataloader", "extra_
 def find_dcp(folder: Path) -> Path | None:
     """Return the folder of torch.distributed.checkpoint that a folder is or holds."""
     inside = sorted(folder.glob(f"{INSIDE}/{METADATA}"))
-    return folder if (folder / METADATA).is_file() else inside[0].parent if inside else None
+    return folder if (folder / METADATA).exists() else inside[0].parent if inside else None
 
 
 def read_dcp(folder: Path, inferred: list[str]) -> dict[str, StoredTensor | ChunkedTensor]:
