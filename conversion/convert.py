@@ -11,6 +11,7 @@ from hf_llama3.files.atomic import (
     files_in,
     is_checkpoint,
     place_of,
+    put_file,
     staging,
     sync,
     write_files,
@@ -18,6 +19,7 @@ from hf_llama3.files.atomic import (
 from hf_llama3.files.hashes import CHECKLIST, CHECKSUMS, check_sums, format_sums, hash_file, read_sums
 from hf_llama3.files.progress import byte_bar
 from hf_llama3.files.reading import refuse_links
+from hf_llama3.files.several import put_files, take_back
 
 from .adapter.files import is_adapter
 from .adapter.merging import merge_adapter
@@ -30,7 +32,8 @@ from .formats.gguf import SUFFIX as GGUF_SUFFIX
 from .formats.storage import BY_NAME, Identity, identity
 from .formats.writing import is_whole, write_tensors
 from .opening import open_checkpoint
-from .plan import DEFAULT_SHARD_SIZE, TORCHTITAN, Plan, plan_dcp, plan_gguf, plan_hf, plan_meta
+from .plan import DEFAULT_SHARD_SIZE, TORCHTITAN, Plan, plan_dcp, plan_hf, plan_meta
+from .plan_gguf import find_old_parts, make_gguf_plan
 from .provenance import MEMORY_BYTES, PROVENANCE, ConversionReport, make_provenance
 from .streaming import JOURNAL, Stream, check_streamed, kept_files, stream_of, write_streamed
 from .tokenizer.files import read_sentencepiece, sentencepiece_files, tokenizer_paths
@@ -79,7 +82,8 @@ def convert(
         rope_factor: RoPE's factor for a Meta checkpoint of unreleased shape, whose params.json does not say it.
         llama_version: version of a Meta checkpoint, if the inferred one has other special tokens.
         instruct: whether the model was tuned for dialogue, which decides stop tokens and chat template.
-        max_shard_size: size of the largest safetensors file, such as "200MiB"; "5GB" if omitted.
+        max_shard_size: size of the largest safetensors file, such as "200MiB"; "5GB" if omitted. For "gguf" the size of
+            the largest part of `NAME-00001-of-00002.gguf` and so on; one file if omitted.
         dry_run: plan and check everything, write nothing.
         overwrite: replace an existing checkpoint.
         verify: check the source's list of hashes, if it has one; compare every tensor of the result to the bit; write
@@ -128,9 +132,11 @@ def carry_out(
         plan.notes.append(streamed.say(needed))
         needed += streamed.room
     free = check_target(checkpoint.path.resolve(), target, needed, overwrite, may_go)
+    find_old_parts(plan, target, overwrite)
+    divided = plan.to == "gguf" and len(plan.files) > 1
     report = ConversionReport(
         source=str(source),
-        target=str(target),
+        target=str(target.with_name(plan.files[0].name) if divided else target),
         source_format=checkpoint.format,
         target_format=plan.to,
         source_files={str(path.relative_to(checkpoint.folder)): path.stat().st_size for path in checkpoint.files},
@@ -150,7 +156,12 @@ def carry_out(
     if dry_run:
         plan.make_small_files()  # its notes are reported
     else:
-        with staging(target, overwrite, one_file=plan.to == "gguf") as folder:
+
+        def put(folder: Path, target: Path):
+            put_files(folder, target, [file.name for file in plan.files], find_old_parts(plan, target, overwrite))
+
+        with staging(target, overwrite, put if divided else put_file if plan.to == "gguf" else None) as folder:
+            take_back(folder, target)
             try:
                 execute(plan, folder, report, verify, progress, streamed, plan_from)
             finally:  # the cause is reported, not what it led to
@@ -190,7 +201,7 @@ def make_plan(checkpoint: Checkpoint, target: Path, to, mp, model_type, dtype, m
     other = "hf" if checkpoint.format != "hf" or checkpoint.files[0].suffix == SUFFIX else "meta"
     to = to or (other if mp is None else "meta")
     if to == "gguf":
-        return make_gguf_plan(checkpoint, target, dtype, mp=mp, max_shard_size=max_shard_size, **{"as": model_type})
+        return make_gguf_plan(checkpoint, target, dtype, max_shard_size, mp=mp, **{"as": model_type})
     cast = Cast(BY_NAME[dtype]) if dtype is not None else None
     if to != "meta":
         if mp not in (None, 1):
@@ -207,20 +218,6 @@ def make_plan(checkpoint: Checkpoint, target: Path, to, mp, model_type, dtype, m
             raise UserError(f"{option} is for a Hugging Face target, got {value!r} with --to meta; leave it out")
     require_rows(checkpoint)
     return plan_meta(checkpoint, 1 if mp is None else mp, cast)
-
-
-def make_gguf_plan(checkpoint: Checkpoint, target: Path, dtype: str | None, **others) -> Plan:
-    """Plan a GGUF file; the other options of a target have no meaning for it."""
-    if given := [name for name, value in others.items() if value is not None]:
-        option = f"--{given[0].replace('_', '-')}"
-        raise UserError(f"{option} is for another format than gguf, got {others[given[0]]!r}; leave it out")
-    if target.suffix != GGUF_SUFFIX:
-        raise UserError(f"--to gguf makes one file, so TARGET must end with {GGUF_SUFFIX}, got {target.name!r}")
-    kind = EXACT[dtype].name if dtype in EXACT else dtype
-    if kind is not None and kind not in FILE_TYPES:
-        raise UserError(f"--dtype must be one of {sorted(FILE_TYPES)} for a GGUF file, got {dtype!r}")
-    require_rows(checkpoint)
-    return plan_gguf(checkpoint, target.name, kind)
 
 
 def check_small_files(plan: Plan, verify: bool):

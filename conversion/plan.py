@@ -1,40 +1,34 @@
 """Plan a conversion: what it reads, writes and needs, before it starts."""
 
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from hf_llama3.errors import UserError, quoted
-from hf_llama3.files.atomic import system_errors, write_files
 from hf_llama3.files.json import to_json
 from hf_llama3.remote_code import code_files
 
 from .checkpoint import Checkpoint
-from .config.gguf import ROPE_FACTORS, config_to_metadata, rope_factors
 from .config.hf import portable_config
 from .config.params import config_to_params
 from .config.sidecar import SIDECAR, make_sidecar
 from .formats.cast import Cast
 from .formats.dcp import METADATA, SUFFIX, DcpLayout, make_metadata
-from .formats.gguf import BY_KIND, EXACT, FILE_TYPES, GgufLayout, Quantise, Recompute, Widen, carry
+from .formats.gguf import GgufLayout, Quantise, Recompute
 from .formats.hf import INDEX, SINGLE
 from .formats.meta import PARAMS_FILE
 from .formats.pth import PthLayout
 from .formats.safetensors import SafetensorsLayout
-from .formats.storage import BY_NAME, Assembly, Part
+from .formats.storage import Assembly, Part
 from .tokenizer.files import (
     TOKENIZER_MODEL,
     hash_of,
     hf_tokenizer,
     meta_tokenizer,
-    sentencepiece_files,
     tokenizer_paths,
 )
-from .tokenizer.gguf import NONE, OtherTokenizer, check_gguf_tokenizer, tokenizer_metadata
-from .tokenizer.templates import llama3_chat_template, read_chat_templates
-from .weights import EMBEDDING, OUTPUT, Row, half_to_interleaved, interleaved_to_half, name_in_file, sizes
+from .tokenizer.templates import llama3_chat_template
+from .weights import Row, half_to_interleaved, interleaved_to_half, name_in_file, sizes
 
 DEFAULT_SHARD_SIZE = "5GB"
 TORCHTITAN = "torchtitan"
@@ -133,6 +127,15 @@ def plan_dcp(source: Checkpoint, names: str, max_shard_size: str, cast: Cast | N
 
 def divide(entries: list, nbytes: Callable[..., int], limit: int) -> dict[str, list]:
     """Divide tensors, in order, among safetensors files of at most `limit` bytes; return them by file name."""
+    groups = divide_by_size(entries, nbytes, limit)
+    total = len(groups)
+    if total == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{index + 1:05d}-of-{total:05d}.safetensors": group for index, group in enumerate(groups)}
+
+
+def divide_by_size(entries: list, nbytes: Callable[..., int], limit: int) -> list[list]:
+    """Divide tensors, in order, into groups of at most `limit` bytes, or of a single tensor."""
     groups, room = [[]], limit
     for entry in entries:
         size = nbytes(entry)
@@ -141,10 +144,7 @@ def divide(entries: list, nbytes: Callable[..., int], limit: int) -> dict[str, l
             room = limit
         groups[-1].append(entry)
         room -= size
-    total = len(groups)
-    if total == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{index + 1:05d}-of-{total:05d}.safetensors": group for index, group in enumerate(groups)}
+    return groups
 
 
 def hf_small_files(source: Checkpoint, config: dict, weight_map: dict[str, str], nbytes: int, notes: list[str]):
@@ -198,94 +198,6 @@ def plan_meta(source: Checkpoint, mp: int, cast: Cast | None) -> Plan:
         return small | {SIDECAR: to_json(sidecar), PARAMS_FILE: to_json(params)}
 
     return Plan(source, "meta", cast, files, make_small_files, notes)
-
-
-def plan_gguf(source: Checkpoint, name: str, kind: str | None) -> Plan:
-    """Plan a GGUF file of this name.
-
-    Args:
-        kind: what matrices are cast to, one of `FILE_TYPES`; each keeps its own type if omitted. Vectors are float32,
-            as llama.cpp wants them, and with q4_0 the embedding and the head are q8_0.
-    """
-    metadata, notes = config_to_metadata(source.config, source.path), []
-    casts = Casts(kind, notes)
-    tensors = [
-        (row.gguf, assemble(source, row, "meta", casts.of(row, source.tensors[row.hf][0]))) for row in source.own_rows
-    ]
-    rope = source.config["rope_parameters"]
-    if rope["rope_type"] == "llama3":
-        factors = rope_factors(rope, source.config["head_dim"]).view("<u4")
-        part = Part(source.tensors[EMBEDDING.hf][0].file, factors)
-        tensors.insert(0, (ROPE_FACTORS, Assembly(BY_NAME["float32"], factors.shape, [part])))
-    dtype = BY_KIND[kind].dtype.name if kind else source.more_config.get("dtype", source.dtype)
-    config = portable_config(source.config, dtype, "llama", source.more_config)
-    small = hf_small_files(source, config, {}, 0, notes)
-    made = source.tokenizer_kind == "sentencepiece" and "tokenizer.json" not in small
-    tokenizer = sentencepiece_files(source) | small if made else small
-    lists = gguf_tokenizer(source, tokenizer, notes)
-    stored = BY_KIND[kind].dtype.name if kind and BY_KIND[kind].exact else source.dtype
-    called = source.name.rpartition("/")[2].removesuffix(".gguf")
-    general = {"architecture": "llama", "type": "model", "name": called}
-    general["file_type"] = FILE_TYPES[kind] if kind else FILE_TYPES[EXACT[stored].name]
-    general |= {"quantization_version": 2} if kind and not BY_KIND[kind].exact else {}
-    metadata = {f"general.{key}": value for key, value in general.items()} | lists | metadata
-    files = [PlannedFile(name, GgufLayout(metadata | carry(small, metadata), describe(tensors)), tensors)]
-
-    def make_small_files():
-        if lists["tokenizer.ggml.model"] != NONE and (said := check_gguf_tokenizer(tokenizer, metadata)):
-            notes.append(said)
-        return {}
-
-    return Plan(source, "gguf", casts.chosen, files, make_small_files, notes)
-
-
-class Casts:
-    """Choose the cast of each tensor of a GGUF file, and note where its type is not the one asked for."""
-
-    def __init__(self, kind: str | None, notes: list[str]):
-        self.kind, self.notes, self.made = kind and BY_KIND[kind], notes, {}
-        self.chosen = self.make(self.kind) if kind else None
-
-    def make(self, kind):
-        if kind.name not in self.made:
-            self.made[kind.name] = Cast(kind.dtype) if kind.exact else Quantise(kind)
-        return self.made[kind.name]
-
-    def of(self, row: Row, tensor) -> Cast | Quantise | Widen | None:
-        stored = tensor.dtype.name
-        if len(row.shape) == 1:
-            return None if stored == "float32" else Widen() if stored != "float64" else self.make(BY_KIND["f32"])
-        if self.kind is None:
-            if stored == "float64":
-                raise UserError(f"llama.cpp computes nothing in float64, which {row.hf} has; add --dtype f32")
-            return None
-        kind = self.kind
-        if kind.name == "q4_0" and row.hf in (EMBEDDING.hf, OUTPUT.hf):
-            kind = BY_KIND["q8_0"]
-            self.note("the embedding and the head are q8_0: 4 bits cost more there than they save")
-        if tensor.shape[1] % kind.block:
-            self.note(f"{row.hf} is f16: its rows of {tensor.shape[1]} are no multiple of {kind.block}")
-            kind = BY_KIND["f16"]
-        return self.make(kind)
-
-    def note(self, said: str):
-        if said not in self.notes:
-            self.notes.append(said)
-
-
-def gguf_tokenizer(source: Checkpoint, files: dict[str, bytes], notes: list[str]) -> dict:
-    """Return the metadata of a tokenizer, given a Hugging Face folder's small files; note where llama.cpp has none."""
-    if "tokenizer.json" not in files:
-        return {"tokenizer.ggml.model": NONE}
-    place, remedy = Path(tempfile.gettempdir()), "make room there, or name another place by TMPDIR"
-    with system_errors(place, remedy), tempfile.TemporaryDirectory() as made:
-        write_files(Path(made), {name: content for name, content in files.items() if name != "tokenizer.json"})
-        templates = read_chat_templates(Path(made))
-    try:
-        return tokenizer_metadata(files, source.config["vocab_size"], templates)
-    except OtherTokenizer as error:
-        notes.append(f"llama.cpp will know token ids alone: {error}; this package reads all of it back")
-        return {"tokenizer.ggml.model": NONE}
 
 
 def assemble(

@@ -31,6 +31,7 @@ FLOORS = [
     ["conversion.hub"],
     ["conversion.opening"],
     ["conversion.plan", "conversion.info"],
+    ["conversion.plan_gguf"],
     ["conversion.load", "conversion.logits"],
     ["conversion.verify", "conversion.streaming"],
     ["conversion.provenance"],

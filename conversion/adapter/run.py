@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from hf_llama3.errors import UserError
-from hf_llama3.files.atomic import check_target, clear, staging, write_files
+from hf_llama3.files.atomic import check_target, clear, put_file, staging, write_files
 
 from ..formats.gguf import is_gguf
 from ..provenance import MEMORY_BYTES, ConversionReport
@@ -28,7 +28,7 @@ def convert_adapter(source: Path, target: Path, to, given: dict, dry_run: bool, 
     may_go, kind = (is_gguf, "GGUF file") if one_file else (is_adapter, "adapter")
     free = check_target(source.resolve(), target, nbytes, overwrite, may_go, kind)
     if not dry_run:
-        with staging(target, overwrite, one_file) as folder:
+        with staging(target, overwrite, put_file if one_file else None) as folder:
             clear(folder)  # what another run left here
             write_files(folder, crossed.files)
             check_crossed(crossed, folder)

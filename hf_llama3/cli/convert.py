@@ -122,7 +122,8 @@ def convert(
         Path | None, TARGET_OPTION(help="LoRA adapter to merge into the weights on the way, as PEFT does.")
     ] = None,
     max_shard_size: Annotated[
-        str | None, TARGET_OPTION(help="Size of the largest safetensors file.", show_default="5GB")
+        str | None,
+        TARGET_OPTION(help="Size of the largest safetensors file, or part of a gguf.", show_default="5GB"),
     ] = None,
     rope_factor: Annotated[
         float | None,
@@ -176,6 +177,8 @@ def convert(
     if as_json:
         print_json(report)
         return
+    if report["target_format"] == "gguf":
+        target = target.with_name(Path(report["target"]).name)  # the first part, if there are several
     files, inferred, notes = report.pop("files"), report.pop("inferred"), report.pop("notes")
     verification, source_files = report.pop("verification"), report.pop("source_files")
     verified = f"{verification['tensors']} tensors equal to the bit" if verification else "no (--no-verify)"

@@ -101,11 +101,12 @@ def parent_of(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def staging(target: Path, overwrite: bool = False, one_file: bool = False) -> Iterator[Path]:
+def staging(target: Path, overwrite: bool = False, put: Callable[[Path, Path], None] | None = None) -> Iterator[Path]:
     """Open the folder that becomes `target` at the end of the block; one run at a time can.
 
     Args:
-        one_file: whether the target is a file, which the folder then holds under the target's name.
+        put: moves what the folder holds to its place, if that is not the folder itself: `put_file` for a file of the
+            target's name.
 
     Raises:
         UserError: another run has it, it is not one of ours, the target is taken, or the system refuses.
@@ -123,7 +124,7 @@ def staging(target: Path, overwrite: bool = False, one_file: bool = False) -> It
             folder.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_ISVTX)
             write_file(folder / MARKER, b"hf-llama3 is making a model here; the same command goes on with it.\n")
             yield folder
-            (put_file if one_file else take_place)(folder, target)
+            (put or take_place)(folder, target)
 
 
 @contextlib.contextmanager

@@ -278,7 +278,7 @@ def test_what_is_no_model_is_not_replaced(tmp_path):
         (["out"], "--to gguf makes one file, so TARGET must end with .gguf, got 'out'"),
         (["out.gguf", "--mp", 1], "--mp is for another format than gguf, got 1; leave it out"),
         (["out.gguf", "--as", "llama3"], "--as is for another format than gguf, got 'llama3'; leave it out"),
-        (["out.gguf", "--max-shard-size", "1GB"], "--max-shard-size is for another format than gguf"),
+        (["out.gguf", "--max-shard-size", "many"], "--max-shard-size must be a number with one of"),
         (["out.gguf", "--dtype", "q4_k"], "--dtype must be one of"),
         (
             ["out.gguf", "--dtype", "float64"],

@@ -66,6 +66,15 @@ def test_the_same_files(kind, target, client, hub, folders, tmp_path):
     assert files_of(tmp_path / "streamed") == files_of(tmp_path / "whole")
 
 
+def test_into_gguf_in_parts(client, hub, folders, tmp_path):
+    add(hub, "lab/four-gguf-parts", folders / "four")
+    options = ("--max-shard-size", "500KB", "--dtype", "f16")
+    for way in ("stream", "no-stream"):
+        client.run("convert", "lab/four-gguf-parts/original", tmp_path / way / "m.gguf", *options, f"--{way}")
+    made = files_of(tmp_path / "stream")
+    assert made == files_of(tmp_path / "no-stream") and len(made) > 2
+
+
 @pytest.mark.parametrize("kind", ["bf16", "q8_0"])
 @pytest.mark.parametrize("source", ["four", "twice"])
 def test_into_gguf(source, kind, client, hub, folders, tmp_path):

@@ -6,9 +6,9 @@ rotary rows. Sources: ggml's docs/gguf.md; llama.cpp, ggml/src/gguf.cpp.
 
 from .blocks import Quantise, Recompute, Widen
 from .carried import carry
-from .file import SPLIT_NAME, SUFFIX, is_gguf
+from .file import SPLIT_NAME, SUFFIX, find_models, is_gguf, part_name
 from .kinds import BY_KIND, EXACT, FILE_TYPES, RECOMPUTED
-from .layout import GgufLayout
+from .layout import GgufLayout, split_keys
 from .opening import open_gguf
 
 __all__ = [
@@ -23,6 +23,9 @@ __all__ = [
     "Recompute",
     "Widen",
     "carry",
+    "find_models",
     "is_gguf",
     "open_gguf",
+    "part_name",
+    "split_keys",
 ]

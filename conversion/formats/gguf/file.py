@@ -147,10 +147,23 @@ def find_parts(path: Path) -> list[Path]:
         return [path]
     count = int(match[3])
     found = {one.name for one in path.parent.iterdir()} if count > 1 else {path.name}
-    parts = [f"{match[1]}-{number:05d}-of-{match[3]}{SUFFIX}" for number in range(1, count + 1)]
+    parts = [part_name(match[1], number, count) for number in range(1, count + 1)]
     if missing := next((name for name in parts if name not in found), None):
         raise UserError(f"{path.parent} lacks {shown(missing)}, one of {count} parts; download it")
     return [path.with_name(name) for name in parts] or [path]
+
+
+def part_name(stem: str, number: int, count: int) -> str:
+    """Return the name of a part, counted from 1."""
+    return f"{stem}-{number:05d}-of-{count:05d}{SUFFIX}"
+
+
+def find_models(path: Path) -> list[Path]:
+    """List what stands where a model of this name would: the file, and parts of one, the first ones first."""
+    stem = path.name.removesuffix(SUFFIX)
+    beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    parts = [one for one in beside if (match := SPLIT_NAME.fullmatch(one.name)) and match[1] == stem]
+    return [one for one in beside if one.name == path.name] + parts
 
 
 def read_part(path: Path) -> tuple[dict[str, Value], dict[str, Tensor]]:

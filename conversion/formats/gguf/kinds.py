@@ -68,4 +68,4 @@ SCALARS = {  # number -> numpy's type
     11: np.dtype("<i8"),
     12: np.dtype("<f8"),
 }
-UINT32, INT32, FLOAT32, FLAG, TEXT, ARRAY = 4, 5, 6, 7, 8, 9
+UINT16, UINT32, INT32, FLOAT32, FLAG, TEXT, ARRAY = 2, 4, 5, 6, 7, 8, 9

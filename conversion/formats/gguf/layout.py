@@ -4,7 +4,7 @@ import numpy as np
 
 from ..storage import Dtype
 from .file import ALIGNMENT, MAGIC, Value
-from .kinds import ARRAY, EXACT, FLAG, FLOAT32, INT32, TEXT, UINT32, Kind
+from .kinds import ARRAY, EXACT, FLAG, FLOAT32, INT32, TEXT, UINT16, UINT32, Kind
 
 VERSION = 3
 
@@ -42,6 +42,15 @@ class GgufLayout:
         return [(0, self._head), *self._gaps]
 
 
+def split_keys(number: int, count: int, num_tensors: int) -> dict[str, Value]:
+    """Return the keys by which llama.cpp recognises a part of a model; each of the type that it asks for."""
+    return {
+        "split.no": np.uint16(number),
+        "split.count": np.uint16(count),
+        "split.tensors.count": np.int32(num_tensors),
+    }
+
+
 def align(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
@@ -65,6 +74,10 @@ def encode_value(value: Value) -> tuple[int, bytes]:
             return TEXT, encode_text(value)
         case int():
             return UINT32, value.to_bytes(4, "little")
+        case np.uint16():
+            return UINT16, value.tobytes()
+        case np.int32():
+            return INT32, value.tobytes()
         case float():
             return FLOAT32, np.array(value, "<f4").tobytes()
         case np.ndarray():
