@@ -110,6 +110,22 @@ def test_llama_cpps_logits(made, tokenizer, llama, tmp_path):
     assert compare_logits(model, llama(tmp_path / "bf16.gguf"), ids) < 20 * SCALE
 
 
+def test_a_model_in_parts(made, tokenizer, llama, tmp_path):
+    """llama.cpp computes of the first part, which leads it to the others, what it does of one file, to the bit."""
+    ids = tokenizer(TEXT)["input_ids"]
+    report = convert(made / "hf", tmp_path / "parts" / "model.gguf", to="gguf", max_shard_size="150MB")
+    assert len(report.files) > 2
+    found = []
+    for path in (made / "again.gguf", tmp_path / "parts" / sorted(report.files)[0]):
+        engine = llama(path)
+        engine.eval(ids)
+        found.append(np.array(engine.scores[: len(ids)]))
+    assert np.array_equal(*found) and np.abs(found[0]).max() > 1
+    (tmp_path / "parts" / sorted(report.files)[1]).unlink()
+    with pytest.raises(ValueError, match="Failed to load model"):
+        llama(tmp_path / "parts" / sorted(report.files)[0])
+
+
 def compare_logits(model, engine, ids) -> float:
     """Return the largest difference, in parts of the largest logit."""
     with torch.no_grad():
