@@ -18,7 +18,7 @@ from test_dcp import NAME, plain_folder, saved, weights
 from transformers import AutoModelForSequenceClassification
 
 from hf_llama3.conversion import convert, inspect, load_meta
-from hf_llama3.conversion import plan as plans
+from hf_llama3.conversion import plan_gguf as plans
 from hf_llama3.conversion.adapter import crossing
 from hf_llama3.conversion.formats.dcp.metadata import MAX_METADATA_BYTES
 from hf_llama3.conversion.formats.gguf import carried
