@@ -183,7 +183,8 @@ def bind_device() -> str:
 
 
 def device_type() -> str:
-    accelerator = torch.accelerator.current_accelerator()
+    # Without the check torch's build for CUDA, which pip brings, names a GPU on a machine that has none.
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import hf_llama3
 from hf_llama3.conversion import convert
 from hf_llama3.conversion import inspect as inspect_checkpoint
+from hf_llama3.distributed.parallel import device_type
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -170,3 +171,13 @@ def test_options_are_checked(folders, tmp_path):
     (tmp_path / "file").touch()
     sentence = refuse(*generate, "--device-map", "auto", "--offload-folder", tmp_path / "file")
     assert "could not be written" in sentence and "choose another --offload-folder" in sentence
+
+
+def test_a_build_for_cuda_without_a_gpu(monkeypatch):
+    """torch's build for CUDA, which pip brings to any Linux, names a GPU on a machine that has none."""
+
+    def named(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", named)
+    assert device_type() == "cpu"
