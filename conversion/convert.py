@@ -108,8 +108,8 @@ def convert(
             checkpoint = merge_adapter(checkpoint, Path(adapter))
         return make_plan(checkpoint, target, to, mp, model_type, dtype, max_shard_size)
 
-    with stream_of(source, target, stream, adapter and Path(adapter)) as (streamed, note):
-        plan = plan_from(streamed.folder if streamed else source)
+    with stream_of(source, target, stream, adapter and Path(adapter)) as (streamed, note, folder):
+        plan = plan_from(folder)
         plan.notes += [note] if note else []
         return carry_out(plan, source, target, dry_run, overwrite, verify, progress, started, streamed, plan_from)
 

@@ -7,6 +7,7 @@ target lists the files whose tensors are in their places.
 
 import contextlib
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,15 +20,16 @@ from hf_llama3.files.json import read_json, to_json
 from hf_llama3.files.schema import OBJECT, check, text
 
 from .checkpoint import Checkpoint
+from .config.hf import head_of, read_config
 from .formats.gguf import Quantise
-from .formats.storage import SourceFile, row_blocks, write_all
+from .formats.storage import BY_NAME, SourceFile, row_blocks, write_all
 from .formats.writing import checksum_if_written, checksum_of, holds_part, reserve, write_part
-from .hub.cache import commit_of, fetch, fetch_file, sizes_to_fetch
+from .hub.cache import commit_of, fetch, fetch_file, fetch_weights, sizes_to_fetch
 from .hub.hollow import hollow_files
 from .hub.names import HubName, parse_name
 from .hub.parts import NotInParts
 from .plan import Plan
-from .weights import EMBEDDING, OUTPUT
+from .weights import BIAS_KEYS, EMBEDDING, OUTPUT, rows, sizes
 
 JOURNAL, FETCHED = f".streamed{OURS}", ".fetched"  # in the unfinished target
 AT_ONCE = 2  # the most files of the source on the disk: one that is read, and the next
@@ -86,7 +88,7 @@ def stream_of(source, target: Path, wanted: bool | None, adapter: Path | None = 
         adapter: the folder of one that is merged on the way.
 
     Returns:
-        The `Stream` or None, and a note for the user or None.
+        The `Stream` or None, a note for the user or None, and the folder of whole files or the source as it is.
 
     Raises:
         UserError: it is wanted, but the repository cannot be read so.
@@ -96,11 +98,11 @@ def stream_of(source, target: Path, wanted: bool | None, adapter: Path | None = 
         kind = "a repository of safetensors or of torch.save's files" if name else "a repository on the Hub"
         raise UserError(f"--stream is for {kind}, got {source}; leave it out")
     if name is None or name.file or wanted is False:
-        yield None, None
+        yield None, None, source
         return
     texts = fetch(source, weights=False)
-    if wanted is None and fits(sum(sizes_to_fetch(name, texts).values()), target):
-        yield None, None
+    if wanted is None and (fits(most_bytes(texts), target) or fits(sum(sizes_to_fetch(name, texts).values()), target)):
+        yield None, None, fetch_weights(name, texts)
         return
     with contextlib.ExitStack() as stack:
         try:
@@ -110,9 +112,9 @@ def stream_of(source, target: Path, wanted: bool | None, adapter: Path | None = 
                 raise UserError(
                     f"{name.repo} cannot be read file by file, since {error}; leave out --stream"
                 ) from error
-            found = None, f"the files are not read one after another, since {error}"
+            found = None, f"the files are not read one after another, since {error}", fetch_weights(name, texts)
         else:
-            found = Stream(name, *commit_of(texts), folder, files, hash_adapter(adapter)), None
+            found = Stream(name, *commit_of(texts), folder, files, hash_adapter(adapter)), None, folder
         yield found
 
 
@@ -123,7 +125,18 @@ def hash_adapter(folder: Path | None) -> str:
     return hashlib.sha256("\n".join(found).encode()).hexdigest() if found else ""
 
 
-def fits(nbytes: int, target: Path) -> bool:
+def most_bytes(texts: Path) -> float:
+    """Return the most bytes that a configuration's weights take, in float32; infinite if none of ours says it."""
+    if not (texts / "config.json").exists():
+        return math.inf
+    config = read_config(texts / "config.json")
+    size, head = sizes(config), head_of(config)
+    biases = [key for key in BIAS_KEYS if config[key]]
+    one, two = (sum(math.prod(row.full_shape(size)) for row in rows(count, 0, biases, head)) for count in (1, 2))
+    return BY_NAME["float32"].itemsize * (one + (two - one) * (config["num_hidden_layers"] - 1))
+
+
+def fits(nbytes: float, target: Path) -> bool:
     """Tell whether the disk has room for the files to fetch and as much again."""
     return 2 * nbytes <= shutil.disk_usage(parent_of(target)).free
 
@@ -166,7 +179,7 @@ def write_streamed(
         UserError: a file on the Hub contradicts its header, or was not written as it was read.
     """
     laid_out = lay_out(plan)
-    journal = read_journal(folder, f"{stream.commit} {laid_out} {stream.merged}".rstrip())
+    journal = read_journal(folder, f"{stream.commit} {laid_out} {stream.merged} {verify}")
     error, resumed = None, sorted(journal["done"])
     sums = read_sums(stream.folder / CHECKLIST) if verify and (stream.folder / CHECKLIST).is_file() else {}
     for file in plan.files:

@@ -60,6 +60,19 @@ def fetch(path, weights: bool = True) -> Path:
         lacking = ("" if name.original else f"config.json, {PARAMS_FILE} nor ") + f"original/{PARAMS_FILE}"
         raise UserError(f"{name.repo} holds no {lacking} on the Hub; name a repository of a Llama model")
     read_params(params)
+    return fetch_meta(name, inside, weights)
+
+
+def fetch_weights(name: HubName, texts: Path) -> Path:
+    """Fetch the rest of a folder whose small files were fetched."""
+    inside = commit_of(texts)[1]
+    if not inside and (texts / "config.json").exists():
+        return fetch_hf(name, weights=True)
+    return texts if (texts / "adapter_config.json").exists() else fetch_meta(name, inside, weights=True)
+
+
+def fetch_meta(name: HubName, inside: str, weights: bool) -> Path:
+    """Fetch the needed files of Meta's, which lie in a folder of the repository or at its root."""
     wanted = META_TEXTS + (META_WEIGHTS if weights else ())
     return download(name, [inside + pattern for pattern in wanted]) / inside
 
@@ -211,12 +224,13 @@ def explain(error: BaseException, name: HubName) -> str:
 
     page = f"{endpoint()}/{name.repo}"
     cached = "and not all that is needed is in the cache"
+    named, kind = (f"{name.repo}/{name.file}", "file") if name.file else (name.repo, "folder")
     match error:
         case errors.GatedRepoError():
             return f"{name.repo} is gated; accept its licence on {page}, then log in by `hf auth login`"
         case errors.RepositoryNotFoundError():
-            known = "a repository on the Hub that you may see"
-            return f"{name.repo} is neither a folder here nor {known}; mend the name, or log in by `hf auth login`"
+            known = f"{'in ' if name.file else ''}a repository on the Hub that you may see"
+            return f"{named} is neither a {kind} here nor {known}; mend the name, or log in by `hf auth login`"
         case errors.RevisionNotFoundError():
             return f"{name.repo} has no revision {name.revision!r} on the Hub; {page}/tree/main lists its branches"
         case errors.HfHubHTTPError() if error.response.status_code == 401:
@@ -228,7 +242,7 @@ def explain(error: BaseException, name: HubName) -> str:
                 f"the Hub answered {error.response.status_code} to a request for {name.repo}, {cached}; {wait(error)}"
             )
         case errors.OfflineModeIsEnabled():
-            return f"{name.repo} cannot be loaded: it is no folder here, HF_HUB_OFFLINE is set, {cached}; unset it"
+            return f"{named} cannot be loaded: it is no {kind} here, HF_HUB_OFFLINE is set, {cached}; unset it"
         case errors.HFValidationError():
             return f"{name.repo} is neither a folder here nor a name that the Hub can have; mend it"
         case errors.HTTPError():

@@ -94,7 +94,7 @@ def copy_hollow(name: HubName, texts: Path, folder: Path) -> dict[str, int]:
         raise NotInParts("its names lead elsewhere")
 
     def add(file: str):
-        fetch_part = partial(part_of, name, commit, inside + file, sizes[file])
+        fetch_part = partial(part_of, name, commit, inside + file)
         return folder / file, add_hollow_pth(folder / file, sizes[file], fetch_part)
 
     with ThreadPoolExecutor(AT_A_TIME) as pool:

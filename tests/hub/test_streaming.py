@@ -133,20 +133,21 @@ def test_what_another_command_left_is_written_again(change, client, hub, model, 
     assert target.read_bytes() == (tmp_path / "local.gguf").read_bytes()
 
 
-def test_the_hub_is_asked_once_for_sizes(client, hub, model, tmp_path):
-    """Without --no-stream there is one request more, for the list of files; none when all of them are in the cache."""
+def test_the_hub_is_asked_for_sizes_once_or_not_at_all(client, hub, model, tmp_path):
+    """Not where the disk has room for all parameters in float32, twice, nor where all files are in the cache."""
+    nbytes = sum(sizes_of(model).values())
     counts = {}
-    for way, options in (("looks", ()), ("does-not", ("--no-stream",))):
+    for way, stream, free in (("told", False, 10**9), ("ample", None, 10**9), ("enough", None, 2 * nbytes + 10**5)):
         hub.add(f"lab/streamed-{way}", files_of(model))
         for turn in ("first", "second"):
             hub.clear()
-            client.run("convert", f"lab/streamed-{way}", tmp_path / f"{way}-{turn}", "--no-verify", *options)
-            counts[way, turn] = [
-                request.method for request in hub.log if "/api/models/lab/streamed-" not in request.path
-            ]
-            counts[way, turn] += [request.path for request in hub.log if "/tree/" in request.path]
-    assert len(counts["looks", "first"]) == len(counts["does-not", "first"]) + 1
-    assert counts["looks", "second"] == counts["does-not", "second"] == []
+            request = {"source": f"lab/streamed-{way}", "target": str(tmp_path / f"{way}-{turn}"), "to": "hf"}
+            report, seen = client.python(WATCHED.format(**request, stop=None, stream=stream, free=free))
+            assert report and seen == []
+            counts[way, turn] = len([request for request in hub.log if "/tree/" in request.path])
+    library = counts["told", "first"]  # its own lists of files
+    assert [counts[way, "first"] - library for way in ("told", "ample", "enough")] == [0, 0, 1]
+    assert not any(counts[way, "second"] for way in ("told", "ample", "enough"))
 
 
 def test_no_more_than_one_file_of_the_source_is_there(client, hub, model, tmp_path):
