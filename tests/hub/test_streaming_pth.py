@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -99,6 +102,38 @@ def test_one_shard_at_a_time_and_on_after_an_interruption(client, hub, folders, 
     assert any("one file after another" in note for note in report["notes"])
     assert any("the hashes of its checklist.chk" in note for note in report["notes"])
     assert verify(folders / "four", tmp_path / "hf").ok
+
+
+KILLED = """
+import os
+from hf_llama3.conversion import convert, streaming
+
+def die(plan, file, folder, verify, write=streaming.write_from):
+    if file == {stop!r}:
+        {half}
+        os._exit(9)
+    return write(plan, file, folder, verify)
+
+streaming.write_from = die
+convert({source!r}, {target!r}, to="meta", mp=1, stream=True)
+"""
+
+
+@pytest.mark.parametrize("half", ["pass", "write(plan, file, folder, verify)"], ids=["before", "after"])
+def test_killed_at_a_shard(half, client, hub, environment, folders, tmp_path):
+    """Before its parts are written, or after that and before the journal says so: they are written again."""
+    name = f"lab/killed-{'before' if half == 'pass' else 'after'}"
+    add(hub, name, folders / "four")
+    command = KILLED.format(source=f"{name}/original", target=str(tmp_path / "meta"), stop=SHARD.format(2), half=half)
+    assert subprocess.run([sys.executable, "-c", command], env=os.environ | environment).returncode == 9
+    assert not (tmp_path / "meta").exists()
+    hub.clear()
+    command = ("convert", f"{name}/original", tmp_path / "meta", "--to", "meta", "--stream", "--json")
+    report = json.loads(client.run(*command).stdout)
+    assert report["resumed"] == [SHARD.format(0), SHARD.format(1)]
+    assert hub.downloads()[f"original/{SHARD.format(0)}"] < 0.9 * (folders / "four" / SHARD.format(0)).stat().st_size
+    client.run("convert", f"{name}/original", tmp_path / "whole", "--to", "meta", "--no-stream")
+    assert files_of(tmp_path / "meta") == files_of(tmp_path / "whole")
 
 
 def test_parts_of_a_shard_in_folders(client, hub, folders, tmp_path):
