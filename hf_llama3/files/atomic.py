@@ -34,15 +34,16 @@ def place_of(target) -> Path:
         UserError: nothing can stand there: a loop of links, a name that is too long, the root.
     """
     try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(target)  # since Python 3.13 `resolve` takes links that lead in a circle
         place = Path(target).resolve()
         if not place.name:
             raise UserError(f"{target} is where all folders begin; name one that can be made")
         for path in (staging_of(place), replaced_by(place)):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.lstat()
-    except (OSError, RuntimeError) as error:  # the second until Python 3.13, where links lead in a circle
-        reason = getattr(error, "strerror", None) or "its links lead in a circle"
-        raise UserError(f"{target} cannot be made ({reason}); name another place") from error
+    except OSError as error:
+        raise UserError(f"{target} cannot be made ({error.strerror}); name another place") from error
     return place
 
 
