@@ -64,9 +64,14 @@ def library_errors(what: str, remedy: str):
     except UserError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise UserError(f"{what} ({words_of(error)}); {remedy}") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Tell a panic of a library that is written in Rust, whose class no module names."""
+    return type(error).__name__ == "PanicException"
 
 
 def for_terminal(text: str) -> str:

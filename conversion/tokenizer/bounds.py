@@ -85,6 +85,7 @@ TOKENIZER = {
 PANICS = {
     ("FixedLength", "length"): whole(),
     ("Prepend", "prepend"): NOT_EMPTY,
+    ("Strip", "stop"): whole(0, 1),  # at what is shorter
     ("Replace", "pattern"): Rule("an object without an empty text", lambda value: value not in EMPTY_PATTERNS),
     ("Precompiled", "precompiled_charsmap"): Rule("a table of sentencepiece's in base64", is_charsmap),
 }

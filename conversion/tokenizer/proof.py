@@ -1,6 +1,6 @@
 """Prove that two checkpoints' tokenizers are the same to a user: what each does to texts, read independently."""
 
-from hf_llama3.errors import UserError, quoted
+from hf_llama3.errors import UserError, library_errors, quoted
 from hf_llama3.files.reading import read_file
 
 from ..checkpoint import Checkpoint
@@ -211,11 +211,12 @@ def split_alike(ours, theirs, with_begin: bool) -> bool:
     if ours.get_vocab(with_added_tokens=True) != theirs.get_vocab(with_added_tokens=True):
         return False
     texts = hard_texts() + [ours.id_to_token(index) for index in ours.get_added_tokens_decoder()]
-    ids, other_ids = (
-        [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=with_begin)]
-        for tokenizer in (ours, theirs)
-    )
-    joined, other_joined = (tokenizer.decode_batch(ids, skip_special_tokens=False) for tokenizer in (ours, theirs))
+    with library_errors("tokenizer.json fails at a text", "write it again"):
+        ids, other_ids = (
+            [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=with_begin)]
+            for tokenizer in (ours, theirs)
+        )
+        joined, other_joined = (tokenizer.decode_batch(ids, skip_special_tokens=False) for tokenizer in (ours, theirs))
     return ids == other_ids and joined == other_joined
 
 

@@ -230,16 +230,22 @@ def ask(tokenizer, path: Path, tokens: dict[str, dict], settings: dict) -> Readi
         if pad is not None:
             pad_id = tokenizer.token_to_id(pad) or 0
             tokenizer.enable_padding(direction=settings["padding_side"], pad_id=pad_id, pad_token=pad)
-        ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        ids = encode(texts, True)
         forget_last_batch(tokenizer)
         return ids
 
+    def encode(texts: list[str], with_special: bool) -> list[list[int]]:
+        with library_errors(f"{path} fails at a text", "write it again"):
+            return [one.ids for one in tokenizer.encode_batch(texts, add_special_tokens=with_special)]
+
+    def decode(ids: list[list[int]], skip: bool) -> list[str]:
+        with library_errors(f"{path} fails at its own tokens", "write it again"):
+            return tokenizer.decode_batch(ids, skip_special_tokens=skip)
+
     return Reading(
         *(path, tokenizer.get_vocab(with_added_tokens=True)),
-        encode=lambda texts, with_special: [
-            one.ids for one in tokenizer.encode_batch(texts, add_special_tokens=with_special)
-        ],
-        decode=lambda ids, skip: tokenizer.decode_batch(ids, skip_special_tokens=skip),
+        encode=encode,
+        decode=decode,
         flags=flags,
         special=set(flags),
         settings=settings,

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from hf_llama3 import __version__
-from hf_llama3.errors import UserError, one_line
+from hf_llama3.errors import UserError, is_panic, one_line, words_of
 from hf_llama3.files.progress import Quiet
 
 from . import begin, convert, generate, measure, publish, train  # noqa: F401  (each registers its commands)
@@ -51,6 +51,10 @@ def main():
     except typer.Abort:
         print("Aborted!", file=sys.stderr)
         sys.exit(1)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        sys.exit(fail(f"the tokenizers library failed ({words_of(error)}); write the model's tokenizer.json again"))
     finally:
         sys.stdout, sys.stderr = out, err
         for stream in (out, err):

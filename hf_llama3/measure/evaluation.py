@@ -11,7 +11,7 @@ from hf_llama3.cpu.optimization import quantization_of
 from hf_llama3.errors import UserError
 from hf_llama3.files.progress import bar
 from hf_llama3.files.reading import read_file
-from hf_llama3.text.completion import check_range
+from hf_llama3.text.completion import check_range, encode
 
 LARGEST_CONTEXT = 2048  # tokens, if `context` is omitted: a longer one takes longer and predicts better
 MOST_BYTES = 2**26  # of a text, which is cut into tokens as one
@@ -60,8 +60,8 @@ def evaluate(model, tokenizer, text, context: int | None = None, progress: bool 
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = (
         True  # the windows below are shorter
     )
-    ids = tokenizer(content, add_special_tokens=False)["input_ids"]
-    start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
+    ids = encode(tokenizer, content, with_special=False)
+    start = [token for token in encode(tokenizer, "") if token == tokenizer.bos_token_id]
     if len(ids) < 2:
         raise UserError(f"{text} must have at least two tokens to predict one from another, got {len(ids)}")
 

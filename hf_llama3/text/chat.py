@@ -6,7 +6,7 @@ from transformers import TextStreamer, set_seed
 from hf_llama3.errors import UserError, for_terminal
 
 from . import MAX_NEW_TOKENS
-from .completion import check_lengths, check_sampling, generation_options
+from .completion import check_lengths, check_sampling, encode, generation_options
 from .template import apply_template
 
 
@@ -40,7 +40,7 @@ def chat(
         if not line.strip():
             continue
         turns.append({"role": "user", "content": line})
-        ids = tokenizer(apply_template(tokenizer, [turns])[0], add_special_tokens=False)["input_ids"]
+        ids = encode(tokenizer, apply_template(tokenizer, [turns])[0], with_special=False)
         try:
             check_lengths(model, len(ids), max_new_tokens)
         except UserError as error:

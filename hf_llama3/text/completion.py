@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria, set_seed
 
-from hf_llama3.errors import UserError, quoted
+from hf_llama3.errors import UserError, library_errors, quoted
 
 from . import MAX_NEW_TOKENS
 from .template import apply_template
@@ -84,7 +84,17 @@ def tokenize(tokenizer, prompts: list[str]) -> list[list[int]]:
     if is_chat:
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         texts = apply_template(tokenizer, turns)
-    return tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
+    return encode(tokenizer, texts, with_special=not is_chat)
+
+
+def encode(tokenizer, text: str | list[str], with_special: bool = True) -> list:
+    """Return the token ids of a text, or of each.
+
+    Raises:
+        UserError: the tokenizer has no token for a part of it, and none for what it does not know.
+    """
+    with library_errors("the model's tokenizer fails at a text", "write its tokenizer.json again"):
+        return tokenizer(text, add_special_tokens=with_special)["input_ids"]
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int):

@@ -1,5 +1,6 @@
 """A tokenised text: its tokenizer and the token ids of its parts, in files that every process maps."""
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def prepare(text: Text, output: Path, settings: Settings, tokenizer: TextTokeniz
     if tokenizer is None:
         tokenizer = make_tokenizer(settings.tokenizer, counted(text, parts[0], "tokenizer", progress), settings.context)
     for name, characters in zip(PARTS, parts, strict=True):
-        pieces = counted(text, characters, name, progress)
-        tokens = write_tokens(folder / f"{name}.bin", pieces, tokenizer.encode, tokenizer.vocabulary["vocab_size"])
+        with closing(counted(text, characters, name, progress)) as pieces:  # and its bar, whatever ends it
+            tokens = write_tokens(folder / f"{name}.bin", pieces, tokenizer.encode, tokenizer.vocabulary["vocab_size"])
         needed = settings.context + 1 if name == "training" else 2
         if len(tokens) < needed and (len(characters) or name != "test"):
             raise UserError(

@@ -20,7 +20,7 @@ from hf_llama3.conversion.tokenizer.bpe import (
     tokenizer_kind,
 )
 from hf_llama3.conversion.tokenizer.files import PORTABLE_CLASS, TOKENIZER_MODEL, copy_files
-from hf_llama3.errors import UserError, quoted
+from hf_llama3.errors import UserError, library_errors, quoted
 from hf_llama3.files.json import to_json
 
 VERSION = "3.1"  # whose special tokens a new tokenizer gets: the first with one for padding
@@ -47,7 +47,8 @@ class TextTokenizer:
             raise UserError(f"the tokenizer's ids must be below the {rows} rows of the embedding, got {largest}")
 
     def encode(self, text: str) -> list[int]:
-        return self.fast.encode(text, add_special_tokens=False).ids
+        with library_errors("the tokenizer fails at the text", "choose another by --tokenizer"):
+            return self.fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.fast.decode(ids)

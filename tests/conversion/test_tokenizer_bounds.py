@@ -9,9 +9,10 @@ import shutil
 
 import pytest
 from checkpoints import SMALL_VOCAB, params, small_tokenizer, write_meta
-from command_line import refuse, run
+from command_line import call, refuse, run
 
-from hf_llama3.conversion import convert
+from hf_llama3.cli import main
+from hf_llama3.conversion import convert, verify
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,11 @@ CASES = {  # changes of the file, and of its model -> what is said
         "`prepend` of the step Prepend in ",
         " must be a text that is not empty, got ''; write it again",
     ),
+    "ends longer than a token": (
+        {"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 9}},
+        "`stop` of the step Strip in ",
+        " must be a whole number from 0 to 1, got 9; write it again",
+    ),
     "nothing replaced": (replace({"String": ""}), "`pattern` of the step Replace in ", " must be an object without an"),
     "an empty expression replaced": (
         replace({"Regex": ""}),
@@ -106,3 +112,68 @@ def test_one_sentence_and_nothing_of_the_librarys(case, command, made, tmp_path,
     said = run(*words).stdout if command[0] == "verify" else refuse(*words)  # which compares the weights all the same
     assert before in said and after in said
     assert capfd.readouterr().err == "" and not (tmp_path / "out").exists()
+
+
+# What only a text brings about
+
+VOCAB = {"a": 0, "b": 1}
+FAILING = {  # changes of the file -> what the library says
+    "no unknown word": (
+        {"model": {"type": "WordLevel", "unk_token": "[X]", "vocab": VOCAB}},
+        "WordLevel error: Missing [UNK] token from the vocabulary",
+    ),
+    "no unknown piece": (
+        {"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]], "byte_fallback": False}},
+        "Encountered an unknown token but `unk_id` is missing",
+    ),
+    "an unknown token that is none": (
+        {"model": {"type": "BPE", "unk_token": "nope", "vocab": VOCAB, "merges": []}},
+        "Unk token `nope` not found in the vocabulary",
+    ),
+    "a table that leads beyond its end": (
+        charsmap(base64.b64encode(b"\x08\0\0\0" + b"\xff" * 8 + b"abc").decode()),
+        "index out of bounds: the len is 2 but the index is",
+    ),
+}
+
+
+@pytest.fixture(params=FAILING)
+def failing(request, made, tmp_path):
+    """A folder whose tokenizer is built, and fails at most texts; and the library's words."""
+    changes, words = FAILING[request.param]
+    folder = shutil.copytree(made, tmp_path / "hf", ignore=shutil.ignore_patterns("SHA256SUMS"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": None} | changes))
+    (tmp_path / "text.txt").write_text("The quick brown fox. " * 400)
+    return folder, words
+
+
+def test_a_tokenizer_that_fails_at_a_text(failing, tmp_path):
+    folder, words = failing
+    fails = f"the model's tokenizer fails at a text ({words}"
+    assert fails in refuse("generate", folder, "xyz")
+    assert fails in refuse("evaluate", folder, "--text", tmp_path / "text.txt")
+    train = ("train", "--from", folder, "--text", tmp_path / "text.txt", "--output", tmp_path / "run", "--context", "8")
+    assert f"the tokenizer fails at the text ({words}" in refuse(*train)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_beside_such_a_tokenizer(failing, made, tmp_path):
+    """Converted and compared all the same; what is not known of the tokenizer is said."""
+    folder, words = failing
+    assert convert(folder, tmp_path / "meta").verification.ok
+    assert convert(folder, tmp_path / "model.gguf").verification.ok
+    said = verify(made, folder).tokenizer
+    assert said == "differs" or (said.startswith("not compared: ") and words in said)
+
+
+def test_a_panic_that_nothing_foresaw(monkeypatch):
+    class PanicException(BaseException):
+        """As pyo3's, which is no Exception and stands in no module."""
+
+    def panic(*arguments, **options):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(main, "app", panic)
+    said = "error: the tokenizers library failed (index out of bounds); write the model's tokenizer.json again\n"
+    assert call("inspect", "x") == (2, "", said)
