@@ -34,6 +34,8 @@ from .tokenizer.rows import require_rows
 from .tokenizer.templates import read_chat_templates
 from .weights import EMBEDDING, OUTPUT, Row
 
+MAX_PARTS = 2**16 - 1  # split.count has 16 bits
+
 
 def make_gguf_plan(
     checkpoint: Checkpoint, target: Path, dtype: str | None, max_shard_size: str | None, **others
@@ -98,6 +100,8 @@ def plan_files(name: str, metadata: dict, tensors: list, max_shard_size: str | N
     groups = divide_by_size(tensors, lambda tensor: tensor[1].nbytes, limit)
     if (count := len(groups)) == 1:
         return [PlannedFile(name, GgufLayout(metadata, describe(tensors)), tensors)]
+    if count > MAX_PARTS:
+        raise UserError(f"--max-shard-size must make at most {MAX_PARTS} files, got {count}; choose a larger one")
     files = []
     for number, group in enumerate(groups):
         keys = (metadata if number == 0 else {}) | split_keys(number, count, len(tensors))

@@ -10,6 +10,9 @@ from checkpoints import hf_model, params, small_tokenizer, write_meta
 from command_line import refuse, run
 
 from hf_llama3.conversion import convert, inspect, verify
+from hf_llama3.conversion.formats.storage import BY_NAME, Assembly
+from hf_llama3.conversion.plan_gguf import plan_files
+from hf_llama3.errors import UserError
 from hf_llama3.files import several
 
 SPLIT = {"split.no": 2, "split.count": 2, "split.tensors.count": 5}  # types of gguf-split: UINT16, UINT16, INT32
@@ -157,3 +160,9 @@ def test_a_single_matrix_is_larger(tmp_path):
 def test_sizes_that_are_none(folder, tmp_path):
     said = refuse("convert", folder, tmp_path / "model.gguf", "--max-shard-size", "many")
     assert "--max-shard-size must be a number with one of" in said
+
+
+def test_more_parts_than_the_format_counts():
+    tensors = [(f"blk.{number}", Assembly(BY_NAME["float32"], (300,), [])) for number in range(2**16)]
+    with pytest.raises(UserError, match="--max-shard-size must make at most 65535 files, got 65536; choose a larger"):
+        plan_files("model.gguf", {}, tensors, "1KB")
