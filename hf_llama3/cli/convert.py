@@ -123,7 +123,10 @@ def convert(
     ] = None,
     max_shard_size: Annotated[
         str | None,
-        TARGET_OPTION(help="Size of the largest safetensors file, or part of a gguf.", show_default="5GB"),
+        TARGET_OPTION(
+            help="Size of the largest safetensors file; of a part of a gguf, which is one file if omitted.",
+            show_default="5GB",
+        ),
     ] = None,
     rope_factor: Annotated[
         float | None,

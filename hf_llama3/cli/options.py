@@ -37,7 +37,9 @@ def group(name: str):
 
 DEVICES, SPEED = group("Devices"), group("Speed")
 
-CHECKPOINT = "a folder in any format, a GGUF file, or on the Hub OWNER/NAME[@REVISION] or OWNER/NAME/FILE.gguf"
+CHECKPOINT = (
+    "a folder in any format, a GGUF file, or on the Hub OWNER/NAME or OWNER/NAME/FILE.gguf, with @REVISION or not"
+)
 ModelArgument = Annotated[str, typer.Argument(help=f"Model: {CHECKPOINT}.")]
 DtypeOption = Annotated[str, SPEED(help=f"Type of the weights: {', '.join(DTYPES)}.", **one_of(*DTYPES))]
 QuantizeOption = Annotated[
