@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from hf_llama3.configuration_llama3 import Llama3Config
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, library_errors
 from hf_llama3.files.atomic import write_files
 from hf_llama3.files.json import to_json
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
@@ -16,6 +16,7 @@ from .checkpoint import Checkpoint
 from .config.hf import portable_config
 from .opening import open_checkpoint
 from .plan import assemble
+from .tokenizer.bounds import check_tokenizer
 from .tokenizer.files import hf_tokenizer
 from .weights import Row
 
@@ -101,10 +102,12 @@ def load_meta_tokenizer(path, *, rope_factor: float | None = None):
         raise UserError(f"{path} holds {next(one for one in checkpoint.inferred if one.startswith('no tokenizer'))}")
     if checkpoint.tokenizer is None:
         raise UserError(f"{path} must hold a tokenizer.model to turn text into tokens; put Meta's there")
+    check_tokenizer(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         config = portable_config(checkpoint.config, checkpoint.dtype, "llama")  # decides where no class is named
         write_files(Path(folder), hf_tokenizer(checkpoint, notes=[]) | {"config.json": to_json(config)})
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with library_errors(f"the tokenizer of {path} cannot be loaded", "write it again"):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def open_meta_only(path, rope_factor: float | None):

@@ -6,6 +6,7 @@ memory; so would a token of megabytes, which is split in every way to find its m
 
 import base64
 import json
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from hf_llama3.files.schema import (
     whole,
 )
 
+from ..checkpoint import Checkpoint
 from ..config.schema import ID, TOKEN
 
 # Bytes to look at for every way to make a token of two; 7.4 million in Llama 3's.
@@ -117,6 +119,25 @@ def read_tokenizer_file(path: Path) -> dict:
             made = f"make at most {MOST_GROWTH} characters of one, got {growth}"
             raise UserError(f"the {step} in {path} must {made}; do not trust this folder")
     return raw
+
+
+def check_tokenizer(checkpoint: Checkpoint):
+    """Check the tokenizer.json of a checkpoint, if there is one, before a library builds it."""
+    folder = checkpoint.hf_tokenizer
+    if folder is not None and (folder / "tokenizer.json").exists():
+        with named_after(checkpoint):
+            read_tokenizer_file(folder / "tokenizer.json")
+
+
+@contextmanager
+def named_after(checkpoint: Checkpoint):
+    """Let errors name a GGUF file, and not the temporary folder in which the files of its tokenizer lie."""
+    try:
+        yield
+    except UserError as error:
+        if checkpoint.format != "gguf":
+            raise
+        raise UserError(str(error).replace(str(checkpoint.hf_tokenizer), str(checkpoint.path))) from error
 
 
 def check_once(values: list, what: str, path: Path):

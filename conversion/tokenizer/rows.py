@@ -6,7 +6,7 @@ from hf_llama3.errors import UserError, quoted
 
 from ..checkpoint import Checkpoint
 from ..config.schema import read_small
-from .bounds import read_tokenizer_file
+from .bounds import named_after, read_tokenizer_file
 
 
 def require_rows(checkpoint: Checkpoint):
@@ -22,7 +22,8 @@ def require_rows(checkpoint: Checkpoint):
 def tokens_without_rows(checkpoint: Checkpoint) -> str | None:
     """Return a sentence about tokens without a row; None if there are none, or no Hugging Face tokenizer."""
     folder, rows = checkpoint.hf_tokenizer, checkpoint.config["vocab_size"]
-    tokens = read_tokens(folder) if folder is not None else {}
+    with named_after(checkpoint):
+        tokens = read_tokens(folder) if folder is not None else {}
     homeless = sorted((index, name) for name, index in tokens.items() if index >= rows)
     if not homeless:
         return None

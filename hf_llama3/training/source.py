@@ -7,6 +7,7 @@ import torch
 from hf_llama3.conversion.checkpoint import Checkpoint
 from hf_llama3.conversion.load import load_checkpoint
 from hf_llama3.conversion.opening import open_checkpoint
+from hf_llama3.conversion.tokenizer.bounds import check_tokenizer
 from hf_llama3.conversion.tokenizer.files import hf_tokenizer
 from hf_llama3.errors import UserError
 from hf_llama3.modeling_llama3 import Llama3ForCausalLM
@@ -24,6 +25,7 @@ def open_source(path: str, context: int) -> tuple[Checkpoint, TextTokenizer]:
     """
     checkpoint = open_checkpoint(Path(path))
     checkpoint.require_language_model()
+    check_tokenizer(checkpoint)
     files = hf_tokenizer(checkpoint, notes=[])
     if "tokenizer.json" not in files:
         raise UserError(f"{path} must hold a tokenizer to be trained on text; add its files")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_llama3.conversion.config.schema import read_small
+from hf_llama3.conversion.tokenizer.bounds import read_tokenizer_file
 from hf_llama3.conversion.tokenizer.bpe import (
     NUM_SPECIAL_TOKENS,
     PATTERN,
@@ -159,6 +160,7 @@ def read_tokenizer(folder: Path, context: int) -> TextTokenizer:
             raise UserError(f"{folder} must hold tokenizer.json, or Llama 3's tokenizer.model; name another folder")
         return tiktoken_tokenizer(read_ranks(model), context)
     files, path = copy_files(folder), folder / "tokenizer.json"
+    read_tokenizer_file(path)
     fast = read_tokenizer_json(files[path.name], path)
     vocab_size = max(fast.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
     return TextTokenizer(files, {"vocab_size": vocab_size} | read_token_ids(folder, fast))

@@ -12,7 +12,8 @@ from checkpoints import SMALL_VOCAB, params, small_tokenizer, write_meta
 from command_line import call, refuse, run
 
 from hf_llama3.cli import main
-from hf_llama3.conversion import convert, verify
+from hf_llama3.conversion import convert, plan_gguf, verify
+from hf_llama3.conversion.formats.gguf.carried import TOKENIZER
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,41 @@ def test_one_sentence_and_nothing_of_the_librarys(case, command, made, tmp_path,
     said = run(*words).stdout if command[0] == "verify" else refuse(*words)  # which compares the weights all the same
     assert before in said and after in said
     assert capfd.readouterr().err == "" and not (tmp_path / "out").exists()
+
+
+MERGES = "tokenizer.json must begin with '##', its `continuing_subword_prefix`"
+
+
+def spoil(path):
+    content = json.loads(path.read_text())
+    content["model"]["continuing_subword_prefix"] = "##"
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def spoilt(made, tmp_path, monkeypatch):
+    """Such a tokenizer.json in a Hugging Face folder, beside Meta's files, and in a GGUF file."""
+    convert(made, tmp_path / "meta")
+    spoil(tmp_path / "meta" / "huggingface" / "tokenizer.json")
+    shutil.copytree(made, tmp_path / "hf", ignore=shutil.ignore_patterns("SHA256SUMS"))
+    spoil(tmp_path / "hf" / "tokenizer.json")
+    carry, content = plan_gguf.carry, (tmp_path / "hf" / "tokenizer.json").read_text()
+    monkeypatch.setattr(plan_gguf, "carry", lambda *facts: carry(*facts) | {TOKENIZER: content})
+    convert(made, tmp_path / "model.gguf", verify=False)
+    (tmp_path / "text.txt").write_text("The quick brown fox. " * 400)
+    return tmp_path
+
+
+@pytest.mark.parametrize("source", ["hf", "meta", "model.gguf"])
+def test_every_way_into_the_library(source, spoilt, capfd):
+    place = spoilt / source / "huggingface" if source == "meta" else spoilt / source
+    train = ("train", "--text", spoilt / "text.txt", "--output", spoilt / "run", "--context", "8")
+    commands = [("generate", spoilt / source, "a"), (*train, "--from", spoilt / source)]
+    commands += [("convert", spoilt / source, spoilt / "out", "--to", "hf")]
+    commands += [(*train, "--tokenizer", place)] if source != "model.gguf" else []
+    for command in commands:
+        assert f"{place}/{MERGES}" in refuse(*command), command
+        assert capfd.readouterr().err == "" and not (spoilt / "run").exists() and not (spoilt / "out").exists()
 
 
 # What only a text brings about
