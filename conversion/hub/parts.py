@@ -152,7 +152,8 @@ def part_of(name: HubName, commit: str, file: str, start: int, stop: int) -> byt
     for left in reversed(range(TRIES)):
         headers = {"Range": f"bytes={start + len(content)}-{stop - 1}", "Accept-Encoding": "identity"}
         try:
-            with get_session().stream("GET", url, headers=build_hf_headers() | headers, timeout=WAIT) as response:
+            options = {"headers": build_hf_headers() | headers, "timeout": WAIT, "follow_redirects": True}
+            with get_session().stream("GET", url, **options) as response:
                 hf_raise_for_status(response)
                 expected = f"bytes {start + len(content)}-{stop - 1}/"
                 if response.status_code != 206 or not response.headers.get("Content-Range", "").startswith(expected):

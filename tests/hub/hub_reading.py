@@ -8,6 +8,7 @@ from urllib.parse import parse_qs
 from repositories import HubError, User
 
 MODEL = "/api/models/{owner}/{repo}"
+STORE = "/store"  # to where requests for large files are sent on, if they are
 
 
 @dataclass
@@ -106,6 +107,9 @@ def resolve(call: Call):
     """Send a file, or the part that Range asks for."""
     repo = call.hub.read(call.name, call.user)
     commit, file = repo.resolve(call.revision), repo.find(call.revision, call.parts["path"])
+    if file.large and call.hub.redirects and not call.path.startswith(STORE):
+        linked = {"X-Repo-Commit": commit, "X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": file.size}
+        return 302, linked | {"Location": call.hub.url + STORE + call.path}, b""
     content = call.hub.content(file.sha256)
     headers = {"X-Repo-Commit": commit, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
     if file.large:
@@ -134,4 +138,5 @@ ROUTES = [
     route("GET", MODEL + "/refs", refs),
     route("GET", MODEL + "/commits/{revision}", commits),
     route("GET HEAD", "/{owner}/{repo}/resolve/{revision}{path}", resolve),
+    route("GET HEAD", STORE + "/{owner}/{repo}/resolve/{revision}{path}", resolve),
 ]

@@ -58,6 +58,7 @@ class Hub(Repositories):
         self.faults: list[Fault] = []
         self.page_size = 1000  # entries of one answer to `tree`
         self.serves_parts = True  # whether Range is followed
+        self.redirects = False  # whether large files lie elsewhere
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads, self.server.hub = True, self
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -134,7 +135,7 @@ class Hub(Repositories):
         """Forget the log, and the faults that nothing ran into."""
         self.log.clear()
         self.faults.clear()
-        self.serves_parts = True
+        self.serves_parts, self.redirects = True, False
 
 
 class Handler(BaseHTTPRequestHandler):

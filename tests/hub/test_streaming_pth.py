@@ -224,6 +224,16 @@ def test_a_connection_that_never_holds(client, hub, folders, tmp_path):
     assert "cannot be reached for lab/never-holds (RemoteProtocolError)" in said
 
 
+def test_files_that_lie_elsewhere(client, hub, folders, tmp_path):
+    """The Hub sends requests for large files on to a store."""
+    add(hub, "lab/elsewhere", folders / "two")
+    hub.redirects = True
+    client.run("convert", "lab/elsewhere/original", tmp_path / "hf", "--to", "hf", "--stream")
+    assert verify(folders / "two", tmp_path / "hf").ok
+    sent_on = {request.path for request in hub.log if request.status == 302}
+    assert any(path.endswith(SHARD.format(1)) for path in sent_on)
+
+
 def test_without_parts_all_is_fetched_and_that_is_said(client, hub, folders, tmp_path):
     add(hub, "lab/no-parts", folders / "two")
     hub.serves_parts = False
