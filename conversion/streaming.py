@@ -149,12 +149,9 @@ def check_streamed(plan: Plan):
     """
     remedy = "add --no-stream, and make room for all of it"
     heads, embeddings = (plan.source.tensors[row.hf] for row in (OUTPUT, EMBEDDING))
-    apart = any(
-        head is not embedding and (head.file.path != embedding.file.path or head.file.path.suffix == ".safetensors")
-        for head, embedding in zip(heads, embeddings, strict=True)
-    )
+    apart = any(head.file.path != embedding.file.path for head, embedding in zip(heads, embeddings, strict=True))
     if plan.source.tied and apart:
-        what = "a head beside the embedding that it is tied to, which have to be compared first"
+        what = "a head in another file than the embedding that it is tied to, which have to be compared first"
         raise UserError(f"{plan.source.name} stores {what}; {remedy}")
     if isinstance(plan.cast, Quantise):
         for file in plan.files:
@@ -188,7 +185,7 @@ def write_streamed(
         if file not in journal["done"]:
             with stream.fetched(file, folder / FETCHED):
                 again = remake()
-                if lay_out(again) != laid_out:
+                if lay_out(again) != laid_out or again.source.config != plan.source.config:
                     what = (
                         f"{shown(file)} of {stream.name.repo} differs from the parts of it that the plan was made from"
                     )

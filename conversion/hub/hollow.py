@@ -11,9 +11,10 @@ from pathlib import Path, PurePath, PurePosixPath
 from hf_llama3.errors import UserError
 from hf_llama3.files.atomic import system_errors
 
+from ..config.hf import read_config
 from .cache import HF_TEXTS, META_TEXTS, commit_of, explain, fetch, list_weights
 from .names import HubName, parse_name
-from .parts import AT_A_TIME, NotInParts, add_compared, add_hollow_pth, part_of
+from .parts import AT_A_TIME, NotInParts, add_compared, add_hollow_pth, add_prefixes, part_of
 
 
 @contextlib.contextmanager
@@ -84,7 +85,10 @@ def copy_hollow(name: HubName, texts: Path, folder: Path) -> dict[str, int]:
     commit, inside = commit_of(texts)
     is_hf = not inside and (texts / "config.json").exists()
     if is_hf and add_hollow_safetensors(name, commit, folder):
-        return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+        paths = sorted(folder.glob("*.safetensors"))
+        for path in paths if read_config(texts / "config.json")["tie_word_embeddings"] else ():
+            add_prefixes(path, partial(part_of, name, commit, path.name))
+        return {path.name: path.stat().st_size for path in paths}
     sizes = ask(name, texts)
     if not sizes or all((texts / file).is_file() for file in sizes):
         raise NotInParts("its weights are in the cache already" if sizes else "it has no files of weights")

@@ -18,6 +18,7 @@ from ..config.params import read_params
 from ..formats.meta import PARAMS_FILE, find_shards, read_shard
 from ..formats.names import is_rope_table
 from ..formats.pth import read_pth
+from ..formats.safetensors import read_safetensors
 from ..formats.storage import StoredTensor
 from ..formats.unpickle import MAX_PICKLE_BYTES
 from ..formats.zip import LOCAL_HEADER, MAX_32, Damaged, Member, find_directory, read_at, read_entry
@@ -210,18 +211,25 @@ def replicated(shard: dict[str, StoredTensor]) -> list[str]:
 
 def fetch_prefixes(read: Callable[[], dict[str, StoredTensor]], hollows: dict[Path, Hollow]):
     """Fetch the beginnings of the embedding and of the head, of equal lengths; after them is a hole."""
-
-    def both() -> list[StoredTensor]:
-        tensors = read()
-        found = [
-            [tensor for name, tensor in tensors.items() if name.endswith(names)]
-            for names in ((EMBEDDING.hf, EMBEDDING.meta), (OUTPUT.hf, OUTPUT.meta))
-        ]
-        return [one[0] for one in found] if [len(one) for one in found] == [1, 1] else []
-
-    fetch_tensors([(tensor, min(PREFIX, tensor.nbytes)) for tensor in both()], hollows)
-    for tensor in both():  # now at its real place
+    fetch_tensors([(tensor, min(PREFIX, tensor.nbytes)) for tensor in embedding_and_head(read())], hollows)
+    for tensor in embedding_and_head(read()):  # now at its real place
         hollows[tensor.file.path].blank(tensor.offset + PREFIX, tensor.offset + tensor.nbytes)
+
+
+def add_prefixes(path: Path, fetch: Callable[[int, int], bytes]):
+    """Do the same in sparse safetensors, whose header is shorter or longer than the real one."""
+    for tensor in embedding_and_head(read_safetensors(path)):
+        with open(path, "r+b") as file:
+            moved = int.from_bytes(fetch(0, 8), "little") - int.from_bytes(file.read(8), "little")
+            file.seek(tensor.offset)
+            file.write(fetch(tensor.offset + moved, tensor.offset + moved + min(PREFIX, tensor.nbytes)))
+
+
+def embedding_and_head(tensors: dict[str, StoredTensor]) -> list[StoredTensor]:
+    """Return both, if there are both."""
+    names = ((EMBEDDING.hf, EMBEDDING.meta), (OUTPUT.hf, OUTPUT.meta))
+    found = [[tensor for name, tensor in tensors.items() if name.endswith(ends)] for ends in names]
+    return [one[0] for one in found] if [len(one) for one in found] == [1, 1] else []
 
 
 def fetch_tensors(wanted: list[tuple[StoredTensor, int]], hollows: dict[Path, Hollow]):

@@ -5,7 +5,6 @@ import re
 import shutil
 
 import pytest
-import torch
 from checkpoints import hf_model, params, small_tokenizer, write_meta
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -215,10 +214,36 @@ def test_what_cannot_be_read_file_by_file(client, hub, model, tmp_path):
     hub.add("lab/streamed-pickled", {"config.json": (model / "config.json").read_bytes(), "pytorch_model.bin": b""})
     sentence = client.refuse("convert", "lab/streamed-pickled", tmp_path / "meta", "--stream")
     assert "cannot be read file by file, since pytorch_model.bin is no zip of torch.save's; leave out --s" in sentence
-    hf_model(tied=True).save_pretrained(tmp_path / "tied")
+
+
+@pytest.mark.parametrize("head", ["equal", "other", "other at its end", "elsewhere"])
+def test_a_head_beside_the_embedding_that_it_is_tied_to(head, client, hub, tmp_path):
+    """Their beginnings are compared for the plan, and all of both once the file is there."""
+    hf_model(tied=True, vocab_size=2048).save_pretrained(tmp_path / "tied")
     path = tmp_path / "tied" / "model.safetensors"
-    save_file(load_file(path) | {"lm_head.weight": torch.zeros(512, 64).bfloat16()}, path, metadata={"format": "pt"})
-    hub.add("lab/streamed-tied", files_of(tmp_path / "tied"))
-    sentence = client.refuse("convert", "lab/streamed-tied", tmp_path / "meta", "--stream")
-    assert "lab/streamed-tied stores a head beside the embedding that it is tied to" in sentence
-    assert "add --no-stream, and make room for all of it" in sentence
+    tensors = load_file(path)
+    weight = tensors["model.embed_tokens.weight"].clone()
+    weight[{"other": slice(None), "other at its end": slice(-1, None)}.get(head, slice(0))] += 1
+    if head == "elsewhere":
+        parts = {"model-1.safetensors": tensors, "model-2.safetensors": {"lm_head.weight": weight}}
+        path.unlink()
+        index = {name: file for file, held in parts.items() for name in held}
+        (tmp_path / "tied" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    else:
+        parts = {"model.safetensors": tensors | {"lm_head.weight": weight}}
+    for file, held in parts.items():
+        save_file(held, tmp_path / "tied" / file, metadata={"format": "pt"})
+    name = f"lab/streamed-tied-{head.replace(' ', '-')}"
+    hub.add(name, files_of(tmp_path / "tied"))
+    command = ("convert", name, tmp_path / "streamed", "--to", "meta", "--stream")
+    if head == "elsewhere":
+        said = client.refuse(*command)
+        assert f"{name} stores a head in another file than the embedding that it is tied to" in said
+        assert "add --no-stream, and make room for all of it" in said
+    elif head == "other at its end":
+        said = client.refuse(*command)
+        assert "model.safetensors of lab/streamed-tied-other-at-its-end differs from the parts of it that" in said
+    else:
+        client.run(*command)
+        client.run("convert", name, tmp_path / "whole", "--to", "meta", "--no-stream")
+        assert files_of(tmp_path / "streamed") == files_of(tmp_path / "whole")
