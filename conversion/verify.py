@@ -18,7 +18,7 @@ from .formats.gguf import RECOMPUTED, Quantise, Recompute, Widen
 from .formats.storage import BY_NAME, Assembly, Dtype, to_floats
 from .opening import open_checkpoint
 from .plan import assemble
-from .tokenizer.proof import compare_tokenizers
+from .tokenizer.proof import NOT_COMPARED, compare_tokenizers
 from .weights import Row, sizes
 
 COMPARED = (*GEOMETRY, "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -32,7 +32,7 @@ class VerificationReport:
     target: str
     tensors: int
     bytes: int
-    tokenizer: str  # "equal", "differs", "absent", "only in source", "only in target" or why it was not compared
+    tokenizer: str  # "equal", "differs", "absent", "only in source", "only in target", "not compared: ..."
     differences: list[str] = field(default_factory=list)
     largest_difference: float | None = None  # largest difference of two elements
     quantised: int = 0  # tensors that are equal after the other side was quantised in the same way
@@ -58,6 +58,8 @@ def verify(source, target, logits: bool = False, progress: bool = False) -> Veri
     """
     pair = open_both(source, target)
     report = verify_checkpoints(*pair, progress)
+    if report.tokenizer.startswith(NOT_COMPARED):
+        report.differences.append(f"weights only: the tokenizers were {report.tokenizer}")
     if logits:
         compare_logits(*pair, report, progress)
     return report
@@ -100,7 +102,7 @@ def compare_weights(
     source: Checkpoint, target: Checkpoint, progress: bool, cast: Cast | None, compared: bool
 ) -> VerificationReport:
     """Compare configuration and tensors."""
-    report = VerificationReport(str(source.path), str(target.path), 0, 0, "not compared")
+    report = VerificationReport(str(source.path), str(target.path), 0, 0, NOT_COMPARED)
     for key in COMPARED:
         if source.config[key] != target.config[key]:
             report.differences.append(f"`{key}`: {source.config[key]} and {target.config[key]}")

@@ -8,7 +8,7 @@ from .bounds import read_tokenizer_file
 from .readings import Reading, read_hub_files, read_ranks_as_meta, read_sentencepiece_model
 from .templates import llama3_chat_template
 
-EQUAL, ABSENT, DIFFERS = "equal", "absent", "differs"
+EQUAL, ABSENT, DIFFERS, NOT_COMPARED = "equal", "absent", "differs", "not compared"
 HUB, MODEL = "hub", "tokenizer.model"  # readers: of Hugging Face's files, and of Meta's
 # Files that transformers 5.23 reads a tokenizer from
 HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
@@ -38,7 +38,7 @@ def compare_tokenizers(source: Checkpoint, target: Checkpoint) -> tuple[str, str
     try:
         difference = find_difference(source, target)
     except UserError as error:
-        return f"not compared: {error}", None
+        return f"{NOT_COMPARED}: {error}", None
     return (EQUAL, None) if difference is None else (DIFFERS, f"the tokenizer: {difference}")
 
 
