@@ -110,9 +110,7 @@ def test_one_sentence_and_nothing_of_the_librarys(case, command, made, tmp_path,
     (folder / "SHA256SUMS").unlink()
     places = {"HF": folder, "OUT": tmp_path / "out", "MADE": made}
     words = [places.get(word, word) for word in command]
-    said = (
-        run(*words, code=1).stdout if command[0] == "verify" else refuse(*words)
-    )  # it compares the weights all the same
+    said = run(*words, code=1).stdout if command[0] == "verify" else refuse(*words)
     assert before in said and after in said
     assert capfd.readouterr().err == "" and not (tmp_path / "out").exists()
 
