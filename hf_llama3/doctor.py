@@ -17,6 +17,7 @@ PACKAGE = "hf_llama3"
 # Extra -> what it is for; the others are for those who work on this package
 EXTRAS = {
     "plot": "pictures: curves of training, --plot",
+    "gguf": "GGUF files with quantised weights",
     "llama2": "tokenizers of Llama 2 and Code Llama",
     "peft": "adapters: train --lora",
 }

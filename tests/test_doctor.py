@@ -23,6 +23,7 @@ Requires-Dist: transformers<5
 Requires-Dist: not_for_this_machine; sys_platform == "none"
 Requires-Dist: matplotlib>=99; extra == "plot"
 Requires-Dist: no_such_package; extra == "peft"
+Requires-Dist: gguf>=99; extra == "gguf"
 Requires-Dist: sentencepiece; extra == "llama2"
 """
 
@@ -64,10 +65,10 @@ def test_what_is_missing(tmp_path, monkeypatch):
         f'torch must be >=99, got {installed["torch"]}; pip install "torch>=99"',
         f'transformers must be <5, got {installed["transformers"]}; pip install "transformers<5"',
     ]
-    assert found["extras"] == {"plot": False, "llama2": True, "peft": False}
+    assert found["extras"] == {"plot": False, "gguf": False, "llama2": True, "peft": False}
     table = run("doctor", code=1).stdout
     assert lines(table)["no-such-package"] == "missing (needed: >=1.2)" and "not-for-this-machine" not in table
-    for extra in ("plot", "peft"):
+    for extra in ("plot", "gguf", "peft"):
         assert f'Optional: for {EXTRAS[extra]}, pip install "hf_llama3[{extra}]"\n' in table
     assert table.endswith(f"Problem: {found['problems'][-1]}\n")
 
