@@ -197,7 +197,7 @@ def make_plan(checkpoint: Checkpoint, target: Path, to, mp, model_type, dtype, m
     kinds = FILE_TYPES if to == "gguf" else ()
     dtype = dtype if dtype in kinds else SHORT.get(dtype, dtype)
     if dtype is not None and dtype not in (*BY_NAME, *kinds):
-        remedy = f"; that is for GGUF, so add --to gguf and let TARGET end with {GGUF_SUFFIX}" if dtype in FILE_TYPES else ""
+        remedy = f"; add --to gguf and let TARGET end with {GGUF_SUFFIX}" if dtype in FILE_TYPES else ""
         raise UserError(f"--dtype must be one of {sorted([*BY_NAME, *kinds])}, got {dtype!r}{remedy}")
     other = "hf" if checkpoint.format != "hf" or checkpoint.files[0].suffix == SUFFIX else "meta"
     to = to or (other if mp is None else "meta")

@@ -310,7 +310,7 @@ def test_target_within_source(target, meta, tmp_path):
         (["--rope-factor", "0.5"], "--rope-factor must be a number of at least 1, got 0.5"),
         (["--rope-factor", "nan"], "--rope-factor must be a number of at least 1, got nan"),
         (["--rope-factor", "8"], "does not scale RoPE"),
-        (["--dtype", "q8_0"], "got 'q8_0'; that is for GGUF, so add --to gguf and let TARGET end with .gguf"),
+        (["--dtype", "q8_0"], "got 'q8_0'; add --to gguf and let TARGET end with .gguf"),
         (["--dtype", "int8"], "--dtype must be one of ['bfloat16', 'float16', 'float32', 'float64'], got 'int8'"),
         (["--to", "meta", "--as", "llama3"], "--as is for a Hugging Face target, got 'llama3' with --to meta"),
         (["--to", "meta", "--max-shard-size", "1GB"], "--max-shard-size is for a Hugging Face target"),
