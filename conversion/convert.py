@@ -246,7 +246,7 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify, progress
     with ThreadPoolExecutor(2) as beside:
         small_files = beside.submit(plan.make_small_files)
         checklist, unread = source.path / CHECKLIST, streamed.files if streamed else ()
-        same_copies = beside.submit(source.check_copies)
+        same_copies = None if streamed else beside.submit(source.check_copies)  # a stream compares what it fetches
         checked = beside.submit(check_sums, checklist, progress, but=unread) if verify and checklist.is_file() else None
         with byte_bar("writing", plan.nbytes, progress) as bar:
             if streamed:
@@ -258,7 +258,8 @@ def execute(plan: Plan, folder: Path, report: ConversionReport, verify, progress
         if checked is not None:
             checked.result()
             report.notes.append(f"the source's files have the hashes of its {CHECKLIST}")
-        same_copies.result()
+        if same_copies is not None:
+            same_copies.result()
         small_files = small_files.result()
     write_files(folder, small_files)
     sync(folder)

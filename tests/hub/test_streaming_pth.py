@@ -136,6 +136,30 @@ def test_killed_at_a_shard(half, client, hub, environment, folders, tmp_path):
     assert files_of(tmp_path / "meta") == files_of(tmp_path / "whole")
 
 
+SLOW = """
+import time
+from pathlib import Path
+from hf_llama3.conversion import convert
+from hf_llama3.conversion.checkpoint import Checkpoint
+
+def slow(call, seconds):
+    return lambda *given: time.sleep(seconds) or call(*given)
+
+before = Checkpoint.check_copies, Path.symlink_to
+Checkpoint.check_copies, Path.symlink_to = slow(before[0], 0.5), slow(before[1], 1)
+try:
+    result = convert({source!r}, {target!r}, stream=True).verification.ok
+finally:
+    Checkpoint.check_copies, Path.symlink_to = before
+"""
+
+
+def test_nothing_reads_a_file_that_is_replaced(client, hub, folders, tmp_path):
+    """However long each takes: the sparse file is away while the fetched one comes to its place."""
+    add(hub, "lab/slow", folders / "twice")
+    assert client.python(SLOW.format(source="lab/slow/original", target=str(tmp_path / "hf")))
+
+
 def test_parts_of_a_shard_in_folders(client, hub, folders, tmp_path):
     """As copies on the Hub have them; a shard is a folder of files."""
     local = tmp_path / "parts"
