@@ -69,7 +69,7 @@ def test_convert_and_verify(example, made, tmp_path):
 def test_finetune_lora(example, made, tmp_path):
     printed = example("finetune_lora.py", "--output", tmp_path, "--learning-rate", 0.02)
     before, after = map(float, re.search(r"held out: ([\d.]+) before, ([\d.]+) after", printed).groups())
-    assert after < before - 0.1
+    assert after < before - 0.05  # by how much depends on Python's documentation, which is the text
     base = AutoModelForCausalLM.from_pretrained(made / "hf")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokens = AutoTokenizer.from_pretrained(tmp_path / "merged")("The statement", return_tensors="pt")

@@ -110,7 +110,11 @@ def train(
             with start_run(output, surveyed, settings, resume):
                 prepare(surveyed, output, settings, source_tokenizer, progress)
                 if source is None:
-                    make_config(read_prepared(output).tokenizer.vocabulary, settings)
+                    config = make_config(read_prepared(output).tokenizer.vocabulary, settings).to_dict()
+                else:
+                    config = source.config
+                if settings.fsdp:
+                    check_rows(config, arguments.world_size)
         prepared = read_prepared(output)
     tokenizer, context = prepared.tokenizer, settings.context
     checkpoint = last_checkpoint(output) if resume else None
@@ -285,6 +289,21 @@ def make_config(vocabulary: dict, settings: Settings) -> Llama3Config:
         )
     except (StrictDataclassError, ValueError) as error:
         raise UserError(f"no model has this shape: {error.__cause__ or error}") from error
+
+
+def check_rows(config: dict, processes: int):
+    """Check that processes hold equal parts of an embedding that is the head as well.
+
+    Of unequal ones torch 2.13 (`FSDPParam.reset_sharded_param`) pads the shorter once for each of both names, and what
+    the optimiser changes then reaches only one of them: the head stays as it began.
+
+    Raises:
+        UserError: they do not.
+    """
+    rows = config["vocab_size"]
+    if config["tie_word_embeddings"] and rows % processes:
+        remedy = "start a number of processes that divides them, choose another --tokenizer, or leave out --fsdp"
+        raise UserError(f"--fsdp needs equal parts of the {rows} tokens' rows, got {processes} processes; {remedy}")
 
 
 def shard_among_processes(model: Llama3ForCausalLM, output: Path, arguments: TrainingArguments) -> Llama3ForCausalLM:

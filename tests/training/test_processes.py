@@ -131,3 +131,8 @@ def test_fsdp_says_what_it_cannot(text, tmp_path):
     result = torchrun("-m", "hf_llama3", *arguments, "--resume")
     assert "--resume needs the optimiser's state, which --fsdp does not keep" in result.stderr
     assert "--fsdp divides a model among processes, got 1; start it by torchrun" in refuse(*arguments)
+    text = tmp_path / "odd.txt"
+    text.write_text("abcd" * 2000)
+    result = torchrun("-m", "hf_llama3", "train", "--text", text, *arguments[3:])
+    assert "--fsdp needs equal parts of the 5 tokens' rows, got 2 processes" in result.stderr, result.stderr
+    assert not (tmp_path / "out").exists()
