@@ -96,10 +96,14 @@ CASES = {  # changes of the file, and of its model -> what is said
 
 
 COMMANDS = [("convert", "HF", "OUT", "--to", "hf"), ("generate", "HF", "a"), ("verify", "HF", "MADE")]
+PAIRS = [  # all, of which the plain run gives each case to one command, and one to all
+    pytest.param(case, command, marks=() if number == 0 or number % 3 == place else pytest.mark.long)
+    for number, case in enumerate(CASES)
+    for place, command in enumerate(COMMANDS)
+]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "command"), PAIRS, ids=lambda one: one if isinstance(one, str) else one[0])
 def test_one_sentence_and_nothing_of_the_librarys(case, command, made, tmp_path, capfd):
     changes, before, after = CASES[case]
     folder = shutil.copytree(made, tmp_path / "hf")

@@ -55,8 +55,15 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kind", ["four", "two", "tied", "twice", "one"])
+KINDS = ("four", "two", "tied", "twice", "one")
+PAIRS = [  # all, of which the plain run takes each kind and each target once or twice
+    pytest.param(kind, target, marks=() if kind == "twice" or target == "hf" else pytest.mark.long)
+    for kind in KINDS
+    for target in TARGETS
+]
+
+
+@pytest.mark.parametrize(("kind", "target"), PAIRS)
 def test_the_same_files(kind, target, client, hub, folders, tmp_path):
     """To the byte as those of the whole repository, hashes and provenance as well."""
     name = f"lab/{kind}-{target.replace(' ', '-')}"
