@@ -16,11 +16,13 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
 
 from machine import describe_machine
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "conversion"))
 
@@ -92,6 +94,7 @@ def start(folder: Path, command, most_bytes: int | None = None) -> int:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
         from hf_llama3.cli.main import main
 
+        tqdm.set_lock(threading.RLock())  # copies share the usual one, and one that was killed may hold it
         sys.argv = ["hf-llama3", *command]
         try:
             main()
