@@ -21,6 +21,13 @@ PURPOSES = {  # heads of models that do not write texts
 }
 
 
+def repository_of(commit: Path) -> str | None:
+    """Return the name of the repository that a folder is a commit of, in the Hub's cache; None for any other folder."""
+    if commit.parent.name != "snapshots" or not commit.parent.parent.name.startswith("models--"):
+        return None
+    return commit.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+
+
 @dataclass(eq=False)
 class Checkpoint:
     """What a conversion knows of its source. Tensors are located, but not read."""
@@ -59,9 +66,8 @@ class Checkpoint:
         place = self.folder.resolve() / (self.path.name if self.format == "gguf" else "")
         place = place.parent if place.name == "original" else place
         for commit in (place, *place.parents):
-            if commit.parent.name == "snapshots" and commit.parent.parent.name.startswith("models--"):
-                repo = commit.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-                return "/".join([repo, *place.relative_to(commit).parts])
+            if repository := repository_of(commit):
+                return "/".join([repository, *place.relative_to(commit).parts])
         return place.name
 
     @property

@@ -294,7 +294,7 @@ def prove(plan: Plan, written: Checkpoint, folder: Path, progress: bool, compare
     Args:
         compared: whether each tensor was compared as it was written.
     """
-    if plan.to == "gguf":  # a single file
+    if plan.to == "gguf":  # it stands in somebody's folder, without lists of hashes
         return require_same(verify_checkpoints(plan.source, written, progress, plan.cast, compared), folder)
     paths = files_in(folder)
     kinds = {CHECKSUMS: "sha256"} | ({CHECKLIST: "md5"} if plan.to == "meta" else {})

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from hf_llama3.errors import UserError
-from hf_llama3.files.atomic import system_errors, write_files
+from hf_llama3.files.atomic import temporary_errors, write_files
 from hf_llama3.files.several import placed
 
 from .checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from .formats.gguf import (
     find_models,
     is_gguf,
     part_name,
+    require_suffix,
     split_keys,
 )
 from .formats.storage import BY_NAME, Assembly, Part
@@ -44,8 +45,7 @@ def make_gguf_plan(
     if given := [name for name, value in others.items() if value is not None]:
         option = f"--{given[0].replace('_', '-')}"
         raise UserError(f"{option} is for another format than gguf, got {others[given[0]]!r}; leave it out")
-    if target.suffix != SUFFIX:
-        raise UserError(f"--to gguf makes one file, so TARGET must end with {SUFFIX}, got {target.name!r}")
+    require_suffix(target)
     kind = EXACT[dtype].name if dtype in EXACT else dtype
     if kind is not None and kind not in FILE_TYPES:
         raise UserError(f"--dtype must be one of {sorted(FILE_TYPES)} for a GGUF file, got {dtype!r}")
@@ -148,8 +148,7 @@ def gguf_tokenizer(source: Checkpoint, files: dict[str, bytes], notes: list[str]
     """Return the metadata of a tokenizer, given a Hugging Face folder's small files; note where llama.cpp has none."""
     if "tokenizer.json" not in files:
         return {"tokenizer.ggml.model": NONE}
-    place, remedy = Path(tempfile.gettempdir()), "make room there, or name another place by TMPDIR"
-    with system_errors(place, remedy), tempfile.TemporaryDirectory() as made:
+    with temporary_errors(), tempfile.TemporaryDirectory() as made:
         write_files(Path(made), {name: content for name, content in files.items() if name != "tokenizer.json"})
         templates = read_chat_templates(Path(made))
     try:

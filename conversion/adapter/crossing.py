@@ -15,7 +15,7 @@ from hf_llama3.files.reading import read_file
 
 from ..config.hf import read_config
 from ..config.params import read_params
-from ..formats.gguf import SUFFIX
+from ..formats.gguf import SUFFIX, require_suffix
 from ..formats.gguf.file import read_gguf
 from ..formats.meta import PARAMS_FILE
 from ..formats.safetensors import SafetensorsLayout, read_metadata
@@ -57,8 +57,8 @@ def cross_adapter(folder: Path, target: Path, to: str | None = None) -> CrossedA
         order = {"hf": "Hugging Face", "meta": "Meta"}[adapter.order]
         raise UserError(f"--to must be {other!r} or 'gguf' for an adapter in {order}'s order, got {to!r}; leave it out")
     to = to or ("gguf" if target.suffix == SUFFIX else other)
-    if to == "gguf" and target.suffix != SUFFIX:
-        raise UserError(f"--to gguf makes one file, so TARGET must end with {SUFFIX}, got {target.name!r}")
+    if to == "gguf":
+        require_suffix(target)
     safe = folder / TENSORS
     metadata = read_metadata(safe) if safe.exists() else {}
     rotary = any(row_of(name).rotary for name in adapter.pairs)

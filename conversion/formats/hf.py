@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from hf_llama3.errors import UserError, quoted, shown
 from hf_llama3.files.json import read_json
 
-from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, same_tensors
+from ..checkpoint import Checkpoint, check_layers, check_names, check_shapes, repository_of, same_tensors
 from ..config.hf import head_of, read_config, read_more_config
 from ..config.schema import INDEX_MAP, read_small_files
 from ..tokenizer.bpe import special_tokens
@@ -120,8 +120,7 @@ def refuse_adapter(folder: Path):
 def merging(folder: Path) -> str:
     """Return the command that merges an adapter into its model; of a commit in the Hub's cache, after a download."""
     base, before = base_of_adapter(folder) or "MODEL", ""
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        repository = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    if repository := repository_of(folder):
         folder = Path(repository.rpartition("/")[2])
         before = f"{shlex.join(('hf', 'download', repository, '--local-dir', str(folder)))} && "
     return before + shlex.join(

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 
 from hf_llama3.errors import UserError
-from hf_llama3.files.atomic import system_errors
+from hf_llama3.files.atomic import temporary_errors
 
 from ..config.hf import read_config
 from .cache import HF_TEXTS, META_TEXTS, commit_of, explain, fetch, list_weights
@@ -31,7 +31,7 @@ def described(path):
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) / name.repo.split("/")[1] / commit_of(texts)[1]
         try:
-            with called(folder, path), room_for_temporary():
+            with called(folder, path), temporary_errors():
                 copy_hollow(name, texts, folder)
         except NotInParts:
             yield fetch(path)
@@ -51,13 +51,9 @@ def hollow_files(name: HubName, texts: Path, path):
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made, "models--" + name.repo.replace("/", "--"), "snapshots", commit, inside)
         with called(folder, path):
-            with room_for_temporary():
+            with temporary_errors():
                 sizes = copy_hollow(name, texts, folder)
             yield folder, sizes
-
-
-def room_for_temporary():
-    return system_errors(Path(tempfile.gettempdir()), "make room there, or name another place by TMPDIR")
 
 
 @contextlib.contextmanager

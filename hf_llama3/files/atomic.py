@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -135,6 +136,11 @@ def system_errors(place: Path, remedy: str = "mend that and run the same again")
         yield
     except OSError as error:
         raise UserError(f"{place} could not be written ({error.strerror or error}); {remedy}") from error
+
+
+def temporary_errors():
+    """Turn the system's errors about temporary files into a sentence."""
+    return system_errors(Path(tempfile.gettempdir()), "make room there, or name another place by TMPDIR")
 
 
 def staging_of(target: Path) -> Path:

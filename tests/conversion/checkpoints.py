@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_llama3.conversion import convert
+
 
 def real_tokenizer() -> Path:
     """Meta's own tokenizer.model of 128,000 ranks, which the wheel llama-models carries."""
@@ -120,6 +122,13 @@ def hf_model(heads=8, kv_heads=4, tied=False, dtype=torch.bfloat16, seed=0, **mo
         for name, weight in model.named_parameters():
             weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
     return model.to(dtype).eval()
+
+
+def folder_with_tokenizer(folder):
+    """A Hugging Face folder with the small tokenizer, made from Meta's files."""
+    write_meta(folder / "meta", params(vocab=SMALL_VOCAB), tokenizer=small_tokenizer(folder))
+    convert(folder / "meta", folder / "hf")
+    return folder / "hf"
 
 
 def plain_folder(tmp_path, **options):

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from checkpoints import SMALL_VOCAB, hf_model, params, small_tokenizer, write_meta
+from checkpoints import SMALL_VOCAB, folder_with_tokenizer, hf_model
 from command_line import refuse, run
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
@@ -19,10 +19,7 @@ from hf_llama3.errors import UserError
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    write_meta(folder / "meta", params(vocab=SMALL_VOCAB), tokenizer=small_tokenizer(folder))
-    convert(folder / "meta", folder / "hf")
-    return folder / "hf"
+    return folder_with_tokenizer(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture

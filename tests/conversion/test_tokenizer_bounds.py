@@ -8,7 +8,7 @@ import json
 import shutil
 
 import pytest
-from checkpoints import SMALL_VOCAB, params, small_tokenizer, write_meta
+from checkpoints import folder_with_tokenizer
 from command_line import call, refuse, run
 
 from hf_llama3.cli import main
@@ -18,10 +18,7 @@ from hf_llama3.conversion.formats.gguf.carried import TOKENIZER
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    write_meta(folder / "meta", params(vocab=SMALL_VOCAB), tokenizer=small_tokenizer(folder))
-    convert(folder / "meta", folder / "hf")
-    return folder / "hf"
+    return folder_with_tokenizer(tmp_path_factory.mktemp("made"))
 
 
 def charsmap(content):

@@ -6,7 +6,7 @@ rotary rows. Sources: ggml's docs/gguf.md; llama.cpp, ggml/src/gguf.cpp.
 
 from .blocks import Quantise, Recompute, Widen
 from .carried import carry
-from .file import SPLIT_NAME, SUFFIX, find_models, is_gguf, part_name
+from .file import SPLIT_NAME, SUFFIX, find_models, is_gguf, part_name, require_suffix
 from .kinds import BY_KIND, EXACT, FILE_TYPES, RECOMPUTED
 from .layout import GgufLayout, split_keys
 from .opening import open_gguf
@@ -27,5 +27,6 @@ __all__ = [
     "is_gguf",
     "open_gguf",
     "part_name",
+    "require_suffix",
     "split_keys",
 ]

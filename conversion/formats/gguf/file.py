@@ -102,6 +102,12 @@ class Cursor:
         return values
 
 
+def require_suffix(target: Path):
+    """Refuse a target whose name does not end as that of a GGUF file."""
+    if target.suffix != SUFFIX:
+        raise UserError(f"--to gguf makes one file, so TARGET must end with {SUFFIX}, got {target.name!r}")
+
+
 def is_gguf(path: Path) -> bool:
     """Tell whether a file is GGUF, by its first bytes."""
     if not path.is_file():

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_llama3.errors import UserError, quoted
-from hf_llama3.files.atomic import system_errors, write_files
+from hf_llama3.files.atomic import temporary_errors, write_files
 
 from ...checkpoint import Checkpoint, check_layers, check_names, check_shapes
 from ...config.gguf import ROPE_FACTORS, facts_to_config, read_metadata, read_token_ids, same_factors, unused_keys
@@ -32,7 +32,7 @@ def open_gguf(path: Path, llama_version: str | None, instruct: bool | None) -> C
     The tokenizer's Hugging Face files are made in a temporary folder that lasts as long as the checkpoint.
     """
     found = read_gguf(path)
-    with system_errors(Path(tempfile.gettempdir()), "make room there, or name another place by TMPDIR"):
+    with temporary_errors():
         made = tempfile.TemporaryDirectory(prefix="hf-llama3-")
         try:
             return open_read(found, made, llama_version, instruct)
