@@ -23,13 +23,21 @@ SLOW = """
 LEFT_OUT = {"compat", "integrations", "long"}  # by addopts
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of xdist: modules of many tests first
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """Mark them, and what the plain command leaves out: an -m of the command line takes the place of its own."""
+    """Mark them, and what the plain command leaves out: an -m of the command line takes the place of its own.
+
+    They go first, so that no process is left with a long one at the end.
+    """
     here = Path(__file__).parent
-    slow = {here / f"{name}.py" for name in SLOW.split()}
+    slow = [here / f"{name}.py" for name in SLOW.split()]
     if gone := sorted(str(path) for path in slow if not path.exists()):
         raise pytest.UsageError(f"SLOW in tests/conftest.py names modules that are gone: {', '.join(gone)}")
     for item in items:
         if item.path in slow or LEFT_OUT & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: slow.index(item.path) if item.path in slow else len(slow))

@@ -1,8 +1,8 @@
 """A conversion in a process of its own that is stopped at a chosen step of its writing."""
 
 import json
-import subprocess
-import sys
+
+from forked import python
 
 # Stop a run before the Nth time that it opens, makes, names or removes something of the target, in its own process.
 WRAPPER = """
@@ -37,8 +37,7 @@ print(steps)
 
 
 def stopped_run(kind, at, source, target, options):
-    command = [sys.executable, "-c", WRAPPER, str(kind), str(at), source, target, json.dumps(options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return python("-c", WRAPPER, kind, at, source, target, json.dumps(options))
 
 
 def some_of(total, last=8):

@@ -3,12 +3,11 @@
 import ast
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from checkpoints import hf_model
+from forked import python
 
 import hf_llama3
 import hf_llama3.conversion
@@ -98,14 +97,7 @@ def test_no_answer_runs_code(command, kind, request, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     places = {"text": tmp_path / "text.txt", "out": tmp_path / "out"}
     arguments = [part.format(folder, **places) for part in COMMANDS[command]]
-    process = subprocess.run(
-        [sys.executable, "-m", "hf_llama3", *arguments],
-        input="y\n" * 1000,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    process = python("-m", "hf_llama3", *arguments, standard_input="y\n" * 1000)
     assert not (folder / "mark").exists(), process.stderr
     assert process.returncode in (0, 2) and "Traceback" not in process.stderr, process.stderr
     assert "[y/N]" not in process.stdout + process.stderr
@@ -117,7 +109,7 @@ def test_the_trap_is_one(trap):
         f"from transformers import AutoTokenizer\nAutoTokenizer.from_pretrained({str(trap)!r}, trust_remote_code=True)"
     )
     try:
-        subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+        python("-c", script)
         assert (trap / "mark").exists()
     finally:
         (trap / "mark").unlink(missing_ok=True)

@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from checkpoints import SMALL_VOCAB, hf_model, meta_tensors, params, small_tokenizer, write_meta
 from command_line import refuse, run
+from forked import torchrun
 from safetensors.torch import load_file
-from torchrun import torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_llama3.conversion import convert, inspect, verify

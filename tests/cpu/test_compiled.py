@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from small import CLASSES, make_model, prompts
+from small import make_model, prompts
 from torch._dynamo.utils import counters
 from torchrun import ENVIRONMENT
 from transformers import DynamicCache, GenerationConfig, StaticCache
@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 import hf_llama3
 from hf_llama3.cpu import compiled as compiled_module
 from hf_llama3.cpu.compiled import CPU_ROWS, is_worth_it, prepare_static_cache
+from hf_llama3.cpu.packing import pack_model
 
 SHAPES = [(1, 7), (2, 9), (1, 30), (4, 50), (3, 300)]
 
@@ -174,25 +175,39 @@ def test_caches_double(compiled):
     assert sizes == [256, 256, 512, 256]
 
 
-def test_restored(compiled):
-    model = hf_llama3.optimize(make_model(), compile=True)
+@pytest.fixture
+def one_row(monkeypatch):
+    """Compile for one row alone, as on a CPU: each graph takes some seconds."""
+    monkeypatch.setattr(compiled_module, "CPU_ROWS", 1)
+
+
+ONE_ROW = {"input_ids": prompts(1), "max_new_tokens": 12, "do_sample": False}
+
+
+def test_restored(one_row):
+    model = hf_llama3.optimize(make_model(num_hidden_layers=1), compile=True)
     hf_llama3.restore(model)
     assert vars(model).keys() == vars(make_model()).keys() | {"_previous_max_cache_length"}
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_quantized(quantize):
-    how = {"input_ids": prompts(), "max_new_tokens": 12, "do_sample": False}
-    theirs = hf_llama3.optimize(make_model(), quantize=quantize).generate(**how)
-    ours = hf_llama3.optimize(make_model(), quantize=quantize, compile=True).generate(**how)
-    assert torch.equal(ours, theirs)
+def test_quantized_to_int4(one_row):
+    theirs, ours = make_model(num_hidden_layers=1), make_model(num_hidden_layers=1)
+    theirs = hf_llama3.optimize(theirs, quantize="int4").generate(**ONE_ROW)
+    assert torch.equal(hf_llama3.optimize(ours, quantize="int4", compile=True).generate(**ONE_ROW), theirs)
 
 
-def test_upstream():
-    how = {"input_ids": prompts(), "max_new_tokens": 12, "do_sample": False}
-    assert "upstream" in CLASSES
-    theirs = make_model("upstream").generate(**how)
-    assert torch.equal(hf_llama3.optimize(make_model("upstream"), compile=True).generate(**how), theirs)
+def test_a_packed_folder(one_row, tmp_path):
+    make_model(num_hidden_layers=1).save_pretrained(tmp_path / "plain")
+    pack_model(tmp_path / "plain", tmp_path / "packed", "int8")
+    ours, theirs = (hf_llama3.Llama3ForCausalLM.from_pretrained(tmp_path / "packed") for _ in range(2))
+    hf_llama3.optimize(ours, compile=True)
+    assert ours.optimization.quantize == "int8" and ours.optimization.compile
+    assert torch.equal(ours.generate(**ONE_ROW), theirs.generate(**ONE_ROW))
+
+
+def test_upstream(one_row):
+    ours, theirs = (make_model("upstream", num_hidden_layers=1) for _ in range(2))
+    assert torch.equal(hf_llama3.optimize(ours, compile=True).generate(**ONE_ROW), theirs.generate(**ONE_ROW))
 
 
 COMPILE = """

@@ -135,16 +135,6 @@ def test_float32_is_quantised(tmp_path):
     assert torch.equal(logits(load(tmp_path / "packed")), logits(made))
 
 
-@tied_only
-@int8_only
-def test_compile(source, packed):
-    quantize, folder = packed
-    expected = load(folder).generate(prompts(1), max_new_tokens=8, do_sample=False)
-    compiled = hf_llama3.optimize(load(folder), compile=True)
-    assert compiled.optimization.quantize == quantize and compiled.optimization.compile
-    assert torch.equal(compiled.generate(prompts(1), max_new_tokens=8, do_sample=False), expected)
-
-
 def test_other_classes(source, packed):
     """The model without a head, and one with a head that the folder does not hold."""
     quantize, folder = packed

@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from checkpoints import params, small_tokenizer, write_meta
 from command_line import call, refuse
-from torchrun import ENVIRONMENT, torchrun
+from torchrun import torchrun
 
 from hf_llama3 import Llama3Config
 from hf_llama3.conversion import convert, inspect
@@ -60,7 +61,7 @@ def together(folders, tmp_path_factory):
     runs["text"] = [*arguments, "--parallel", "data"]
     runs["file"] = [*arguments, "--parallel", "data", "--batch-size", 1, "--output", root / "out.jsonl"]
     (root / "runs.json").write_text(json.dumps([list(map(str, arguments)) for arguments in runs.values()]))
-    result = torchrun(Path(__file__).parent / "parallel_runs.py", root / "runs.json", root / "came")
+    result = forked.torchrun(Path(__file__).parent / "parallel_runs.py", root / "runs.json", root / "came")
     assert result.returncode == 0, result.stderr
     came = [json.loads((root / f"came.{rank}").read_text()) for rank in range(2)]
     return {name: [process[index] for process in came] for index, name in enumerate(runs)} | {"root": root}
@@ -120,10 +121,8 @@ def test_each_process_holds_and_reads_its_part(mode, tmp_path):
         shape = params(dim=dim, layers=4, vocab=516, ffn_dim_multiplier=1.03 if dim == 1024 else 1.1)
         write_meta(tmp_path / name, shape, mp=2, tokenizer=small_tokenizer(tmp_path), ffn=ffn)
     script = Path(__file__).parent / "parallel_memory.py"
-    subprocess.run(
-        [sys.executable, script, tmp_path / "model", "alone", tmp_path / "alone"], check=True, env=ENVIRONMENT
-    )
-    result = torchrun(script, tmp_path / "model", mode, tmp_path / "two")
+    forked.python(script, tmp_path / "model", "alone", tmp_path / "alone").check_returncode()
+    result = forked.torchrun(script, tmp_path / "model", mode, tmp_path / "two")
     assert result.returncode == 0, result.stderr
     alone = json.loads((tmp_path / "alone.0").read_text())
     two = [json.loads((tmp_path / f"two.{rank}").read_text()) for rank in range(2)]
@@ -144,9 +143,8 @@ def test_one_process_says_what_is_wrong(folders, tmp_path):
     assert result.returncode and result.stderr.count("error") >= 1
     assert len([line for line in result.stderr.splitlines() if line.startswith("error")]) == 1, result.stderr
     (tmp_path / "long.txt").write_text("short\n" + "ab" * 2**19)
-    result = torchrun(
-        "-m", "hf_llama3", "generate", folders / "tied", "--prompts", tmp_path / "long.txt", "--parallel", "data"
-    )
+    arguments = ["generate", folders / "tied", "--prompts", tmp_path / "long.txt", "--parallel", "data"]
+    result = forked.torchrun("-m", "hf_llama3", *arguments)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert len(lines) == 1 and "must fit the model's context" in lines[0]
     assert time.perf_counter() - started < 120
@@ -168,7 +166,7 @@ def test_fewer_devices_than_processes(command, folders, tmp_path):
     arguments = ["--text", text, "--output", tmp_path / "out", "--tokenizer", "char"]
     if command == "generate":
         arguments = [folders / "grouped", "--prompts", text, *OPTIONS, "--parallel", "data"]
-    result = torchrun(script, command, *arguments)
+    result = forked.torchrun(script, command, *arguments)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert lines == ["error: each process needs a GPU of its own, got 1 for 2; start 1"], result.stderr
     assert result.returncode and "Traceback" not in result.stderr.split("torch/distributed")[0], result.stderr
@@ -186,7 +184,7 @@ def test_an_error_of_one_process_alone_is_said(folders, tmp_path):
         "main.SECONDS_TO_SPEAK = 3\n"
         "main.main()\n"
     )
-    result = torchrun(script, "generate", folders / "grouped", "a", "--parallel", "data")
+    result = forked.torchrun(script, "generate", folders / "grouped", "a", "--parallel", "data")
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert result.returncode and len(lines) == 1, result.stderr
     assert lines[0].startswith("error (process 1): ") and "both" in lines[0]
@@ -228,7 +226,7 @@ def test_a_silent_process_ends_all(folders, tmp_path):
     )
     started = time.perf_counter()
     arguments = ["generate", folders / "grouped", "--prompts", folders / "prompts.txt", *OPTIONS, "--parallel", "data"]
-    result = torchrun(script, *arguments)
+    result = forked.torchrun(script, *arguments)
     assert result.returncode and time.perf_counter() - started < 150
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert len(lines) == 1 and "another process was lost" in lines[0], result.stderr
@@ -256,7 +254,7 @@ def test_an_interrupted_run_goes_on(folders, alone, tmp_path):
     other = [7 if value == 6 else value for value in arguments]
     assert "was begun with another max_new_tokens; give the same, or remove it" in refuse(*other)
     prompts.write_text("\n".join(TEXTS * 40) + "\n", "utf-8")
-    result = torchrun("-m", "hf_llama3", *arguments, "--parallel", "data", "--json")
+    result = forked.torchrun("-m", "hf_llama3", *arguments, "--parallel", "data", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == {"output": str(output), "prompts": len(TEXTS) * 40, "completed_earlier": done}
     assert list(map(json.loads, output.read_text("utf-8").splitlines())) == alone["grouped"] * 40

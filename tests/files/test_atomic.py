@@ -11,6 +11,7 @@ import textwrap
 import pytest
 import torch
 from checkpoints import params, write_meta
+from forked import python
 from interruptions import contents, some_of, stopped_run
 
 from hf_llama3.conversion import convert, inspect, load_meta
@@ -136,7 +137,7 @@ def test_a_full_disk(job):
         else:
             raise AssertionError("written beyond the limit")
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    result = python("-c", textwrap.dedent(code))
     assert result.returncode == 0, result.stderr
     assert not target.exists()
     convert(source, target, **options)

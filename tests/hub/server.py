@@ -140,6 +140,7 @@ class Hub(Repositories):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer follows its headers at once
 
     def log_message(self, *_):
         pass

@@ -1,5 +1,6 @@
 """`import hf_llama3` teaches the Auto classes, in any order, once, without importing what is not needed."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -32,8 +33,9 @@ AUTO = (
 )
 
 
-def run(code):
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+def run(code, *arguments):
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -49,20 +51,47 @@ ORDERS = {
 }
 
 
+# Each order in a process that is forked before any of it is imported: all that comes before takes most of the time.
+EACH = """
+import json, os, sys, traceback
+import torch, transformers.modeling_utils, transformers.generation
+begun = [name for name in sys.modules if name.startswith(("hf_llama3", "transformers.models."))]
+assert not {"hf_llama3", "transformers.models.auto.modeling_auto", "transformers.models.llama"} & set(begun), begun
+results = {}
+for name, code in json.loads(sys.argv[1]).items():
+    output = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            exec(code, {"__name__": "__main__"})
+        except BaseException:
+            os.write(output[1], traceback.format_exc().encode()[-4000:])
+        os._exit(0)
+    os.close(output[1])
+    results[name] = os.fdopen(output[0]).read() or os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def of_each_order():
+    codes = {order: imports + textwrap.dedent(CLASSES) for order, imports in ORDERS.items()}
+    return json.loads(run(EACH, json.dumps(codes)).stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("order", ORDERS)
-def test_auto_classes(order):
-    run(ORDERS[order] + textwrap.dedent(CLASSES))
+def test_auto_classes(order, of_each_order):
+    assert of_each_order[order] == 0
+
+
+UPSTREAM = """
+    config = AutoConfig.for_model("llama", hidden_size=32, num_attention_heads=4, num_hidden_layers=1)
+    assert type(AutoModelForCausalLM.from_config(config)).__name__ == "LlamaForCausalLM"
+"""
 
 
 def test_upstream_is_left_alone():
-    run(
-        f"""
-        import hf_llama3
-        {AUTO}
-        config = AutoConfig.for_model("llama", hidden_size=32, num_attention_heads=4, num_hidden_layers=1)
-        assert type(AutoModelForCausalLM.from_config(config)).__name__ == "LlamaForCausalLM"
-        """
-    )
+    """In a process that begins with nothing."""
+    run(ORDERS["ours first"] + textwrap.dedent(UPSTREAM) + textwrap.dedent(CLASSES))
 
 
 def test_import_is_light():

@@ -1,14 +1,12 @@
 """Meta's own code as the judge: what this package converts gives the same logits and the same greedy tokens there."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import hf_model, params, real_tokenizer, write_meta
+from forked import torchrun
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,17 +33,8 @@ def ask_meta(folder, shards, tmp_path):
     save_file({"tokens": prompt()}, tmp_path / "tokens.safetensors")
     output = tmp_path / "meta.safetensors"
     script = Path(__file__).parent / "meta_model.py"
-    torchrun(shards, script, folder, tmp_path / "tokens.safetensors", output, str(NEW_TOKENS))
+    torchrun(script, folder, tmp_path / "tokens.safetensors", output, NEW_TOKENS, count=shards).check_returncode()
     return load_file(output)
-
-
-def torchrun(processes, *command):
-    """Run a script in so many processes; return what they print."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*launch, *command], capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def agree(ours, theirs):
@@ -133,9 +122,10 @@ def test_metas_own_loader(shards, real_vocabulary, tmp_path):
     prompts = [tokenizer(text)["input_ids"] for text in ("The capital of France is", "def main():\n    ")]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     script = Path(__file__).parent / "meta_build.py"
-    printed = torchrun(shards, script, tmp_path / "meta", tmp_path / "prompts.json", str(NEW_TOKENS))
+    result = torchrun(script, tmp_path / "meta", tmp_path / "prompts.json", NEW_TOKENS, count=shards)
+    assert result.returncode == 0, result.stderr
 
     model = AutoModelForCausalLM.from_pretrained(real_vocabulary, dtype=torch.float32)
-    for prompt, theirs in zip(prompts, json.loads(printed.splitlines()[-1]), strict=True):
+    for prompt, theirs in zip(prompts, json.loads(result.stdout.splitlines()[-1]), strict=True):
         ours = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
         assert len(theirs) == NEW_TOKENS and ours[0, len(prompt) :].tolist() == theirs

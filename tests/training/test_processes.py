@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 import transformers
@@ -29,7 +30,7 @@ def alone(text, tmp_path_factory):
 @pytest.mark.parametrize("way", [[], ["--fsdp"]], ids=["DDP", "FSDP2"])
 def test_two_processes_are_as_one(way, alone, text, tmp_path):
     """Each with half of every step's windows; where Muon rounds in bfloat16, it magnifies float32's differences."""
-    result = torchrun("-m", "hf_llama3", "train", "--text", text, "--output", tmp_path / "out", *OPTIONS, *way)
+    result = forked.torchrun("-m", "hf_llama3", "train", "--text", text, "--output", tmp_path / "out", *OPTIONS, *way)
     if way and Version(transformers.__version__) < Version(FSDP_SINCE):
         assert f"--fsdp needs transformers {FSDP_SINCE} or newer, got {transformers.__version__}" in result.stderr
         return
@@ -65,12 +66,10 @@ def test_gone_on_with_in_another_number_of_processes(before, after, alone, text,
     """Killed in the sixth step, gone on with from the fourth: the losses of one process throughout."""
     (tmp_path / "killed.py").write_text(KILL)
     arguments = ["train", "--text", text, "--output", tmp_path / "out", *OPTIONS]
-    start = torchrun if before == 2 else lambda *these: subprocess.run([sys.executable, *map(str, these)], check=False)
-    assert start(tmp_path / "killed.py", *arguments).returncode
+    start = {1: forked.python, 2: forked.torchrun}
+    assert start[before](tmp_path / "killed.py", *arguments).returncode
     assert (tmp_path / "out" / "run.json").exists()
-    result = (
-        torchrun("-m", "hf_llama3", *arguments, "--resume") if after == 2 else run(*arguments, "--resume", fresh=True)
-    )
+    result = start[after]("-m", "hf_llama3", *arguments, "--resume")
     if after == 2 and Version(transformers.__version__) < Version(RESUME_SINCE):
         needed = f"--resume in several processes on a CPU needs transformers {RESUME_SINCE} or newer"
         assert f"{needed}, got {transformers.__version__}" in result.stderr
@@ -106,9 +105,8 @@ def test_a_user_is_told_once(text, tmp_path):
     result = torchrun("-m", "hf_llama3", "train", "--text", text, "--output", tmp_path / "out", *OPTIONS)
     assert result.returncode and result.stderr.count("already exists; choose another --output") == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
-    result = torchrun(
-        "-m", "hf_llama3", "train", "--text", text, "--output", tmp_path / "o", *OPTIONS, "--batch-size", 3
-    )
+    arguments = ["train", "--text", text, "--output", tmp_path / "o", *OPTIONS, "--batch-size", 3]
+    result = forked.torchrun("-m", "hf_llama3", *arguments)
     assert "must be a multiple of processes x --accumulate, got 3 and 2 x 1" in result.stderr
 
 
@@ -128,11 +126,11 @@ def test_the_one_that_speaks_is_not_cut_off(tmp_path):
 @pytest.mark.skipif(Version(transformers.__version__) < Version(FSDP_SINCE), reason="refused as a whole, see above")
 def test_fsdp_says_what_it_cannot(text, tmp_path):
     arguments = ["train", "--text", text, "--output", tmp_path / "out", *OPTIONS, "--fsdp"]
-    result = torchrun("-m", "hf_llama3", *arguments, "--resume")
+    result = forked.torchrun("-m", "hf_llama3", *arguments, "--resume")
     assert "--resume needs the optimiser's state, which --fsdp does not keep" in result.stderr
     assert "--fsdp divides a model among processes, got 1; start it by torchrun" in refuse(*arguments)
     text = tmp_path / "odd.txt"
     text.write_text("abcd" * 2000)
-    result = torchrun("-m", "hf_llama3", "train", "--text", text, *arguments[3:])
+    result = forked.torchrun("-m", "hf_llama3", "train", "--text", text, *arguments[3:])
     assert "--fsdp needs equal parts of the 5 tokens' rows, got 2 processes" in result.stderr, result.stderr
     assert not (tmp_path / "out").exists()

@@ -3,9 +3,7 @@
 import functools
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from checkpoints import SMALL_VOCAB, params, small_tokenizer, write_meta
 from command_line import refuse, run
+from forked import python
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,10 +114,7 @@ train(text, output, test_recipe.SMALL)
 @pytest.mark.parametrize("at", [2, 7])
 def test_killed_and_resumed_bit_for_bit(at, trained, text, tmp_path):
     output, report = trained
-    killed = subprocess.run(
-        [sys.executable, "-c", KILL, str(at), text, tmp_path / "out"], env=environment(), check=False
-    )
-    assert killed.returncode == -9
+    assert python("-c", KILL, at, text, tmp_path / "out").returncode == -9
     assert "is neither" in refuse("inspect", tmp_path / "out"), "half-made, it does not look like a model"
     with pytest.raises(UserError, match="holds an unfinished run; add --resume"):
         train(text, tmp_path / "out", SMALL)
@@ -128,12 +124,8 @@ def test_killed_and_resumed_bit_for_bit(at, trained, text, tmp_path):
     assert resumed.curves["validation"] == report.curves["validation"]
 
 
-def environment():
-    return os.environ | {"PYTHONPATH": ":".join(sys.path)}
-
-
 def test_resuming_what_is_something_else(trained, text, tmp_path):
-    subprocess.run([sys.executable, "-c", KILL, "5", text, tmp_path / "out"], env=environment(), check=False)
+    python("-c", KILL, 5, text, tmp_path / "out")
     for change, message in (
         ({"seed": 3, "steps": 9}, "was begun with another --steps and --seed; give what it was begun with"),
         ({"tokenizer": "bpe:600"}, "was begun with another --tokenizer"),
@@ -173,11 +165,10 @@ def test_full_disk(text, tmp_path):
     )
     shape = ["--layers", "2", "--hidden-size", "32", "--heads", "2", "--kv-heads", "1", "--context", "32"]
     command = ["train", "--text", text, "--output", tmp_path / "out", *shape, "--tokenizer", "char", "--steps", "4"]
-    command = list(map(str, [*command, "--batch-size", "4"]))
-    result = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=False)
+    result = python("-c", script, *command, "--batch-size", 4)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert "could not be written" in result.stderr and "add --resume" in result.stderr
-    run(*command, "--resume")
+    run(*command, "--batch-size", 4, "--resume")
     assert inspect(tmp_path / "out").num_parameters > 0
 
 
