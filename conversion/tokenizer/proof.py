@@ -56,7 +56,7 @@ def find_difference(source: Checkpoint, target: Checkpoint) -> str | None:
             readings[key] = read(checkpoint, kind)
         return readings[key]
 
-    for kind, other in pairs:
+    for kind, other in dict.fromkeys(pairs):  # of one reader a side, both lists say the same
         if kind == other and ours[kind] == theirs[kind]:
             continue  # the same bytes for the same reader
         pair = reading(source, kind), reading(target, other)

@@ -82,8 +82,8 @@ def read_ranks_as_meta(path: Path, names: list[str], begin: int | None) -> Readi
         return ids
 
     def decode_one(ids: list[int], skip: bool) -> str:
-        kept = [token_id for token_id in ids if not (skip and token_id in unsaid)]
-        return b"".join(content[token_id] for token_id in kept).decode("utf-8", "replace")
+        kept = [token_id for token_id in ids if token_id not in unsaid] if skip else ids
+        return b"".join(map(content.__getitem__, kept)).decode("utf-8", "replace")
 
     tokens = {"".join(BYTE_SPELLING[byte] for byte in token): rank for token, rank in ranks.items()}
     return Reading(

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from hf_llama3.conversion import convert, verify
 from hf_llama3.conversion.formats import meta
-from hf_llama3.conversion.tokenizer import bpe, files
+from hf_llama3.conversion.tokenizer import bpe, files, proof
 from hf_llama3.conversion.tokenizer.proof import around, hard_texts
 from hf_llama3.conversion.tokenizer.readings import read_hub_files, read_ranks_as_meta
 from hf_llama3.errors import UserError
@@ -60,6 +60,13 @@ def test_a_folder_is_read_as_transformers_reads_it(change, folder):
     if tokenizer.pad_token is not None:
         batch = tokenizer(["a", "a b c d", ""], padding=True, truncation=True, max_length=3)["input_ids"]
         assert ours.batch(["a", "a b c d", ""], 3) == batch
+
+
+def test_each_pair_of_readers_is_compared_once(made, monkeypatch):
+    asked, compare_across = [], proof.compare_across
+    monkeypatch.setattr(proof, "compare_across", lambda *given: asked.append(given) or compare_across(*given))
+    assert convert(made, made.with_name("once"), instruct=True).verification.tokenizer == "equal"
+    assert len(asked) == 1
 
 
 def no_begin(folder):
