@@ -9,16 +9,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more wait for one another, where something else runs beside
 
-# Modules that take more than some ten seconds of a core: `-m "not slow"` leaves them out.
+# Modules that take some ten seconds of a core or more, the longest first: `-m "not slow"` leaves them out.
 SLOW = """
-    conversion/test_changing_source conversion/test_dcp conversion/test_fuzzed conversion/test_hostile
-    conversion/test_hostile_json conversion/test_layouts conversion/test_memory conversion/test_nothing_lost
-    conversion/test_round_trip conversion/test_tokenizer conversion/test_tokenizer_bounds
-    conversion/test_tokenizer_proof conversion/test_verify cpu/test_compiled cpu/test_decode_attention cpu/test_packing
-    cpu/test_processor cpu/test_products distributed/test_parallel files/test_atomic hub/test_come_back hub/test_reading
-    hub/test_streaming hub/test_streaming_pth model/test_registration model/test_remote_code
-    reference/test_meta_reference text/test_chat training/test_processes training/test_recipe test_devices test_examples
-    test_interrupted test_notebooks test_quickstart test_readme test_trust
+    test_readme test_notebooks training/test_recipe hub/test_streaming_pth reference/test_meta_reference
+    distributed/test_parallel cpu/test_compiled training/test_processes files/test_atomic conversion/test_round_trip
+    test_interrupted hub/test_come_back conversion/test_tokenizer_proof hub/test_reading
+    conversion/test_nothing_lost conversion/test_layouts text/test_chat conversion/test_tokenizer_bounds
+    model/test_registration text/test_hostile_folders hub/test_streaming model/test_remote_code hub/test_parts
+    conversion/test_verify conversion/test_tokenizer test_examples cpu/test_packing conversion/test_gguf_divided
+    conversion/test_llama2 test_quickstart conversion/test_memory
 """
 LEFT_OUT = {"compat", "integrations", "long"}  # by addopts
 

@@ -1,8 +1,8 @@
-"""Processes of Python that begin with the libraries imported, which takes a process of its own four seconds.
+"""Run Python in processes that have imported the libraries already: to import them takes four seconds.
 
-They are forked from a server that has imported them and done nothing else, and take what `python` takes: `-c CODE`,
-`-m MODULE` or a script, with arguments. What depends on the order of imports, or on variables that libraries read as
-they are imported, needs a process of its own.
+Each is forked from a server that has done nothing else, and takes what `python` takes: `-c CODE`, `-m MODULE` or a
+script, with arguments. What depends on the order of imports, or on variables that libraries read as they are imported,
+is run by `subprocess` instead, and what is about torchrun itself by `torchrun.py`.
 """
 
 import multiprocessing
@@ -55,7 +55,7 @@ def run(arguments, environments, standard_input="") -> CompletedProcess:
                 if process.exitcode:
                     failed.append(process.exitcode)
             for process in running if failed or not ended else ():
-                process.kill() if not ended else process.terminate()
+                process.terminate() if ended else process.kill()
         out, err = (
             "".join(Path(f"{folder}/{kind}{number}").read_text("utf-8") for number in range(len(environments)))
             for kind in ("out", "err")
