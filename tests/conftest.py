@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more wait for one another, where something else runs beside
 
-# Modules that take some ten seconds of a core or more, the longest first: `-m "not slow"` leaves them out.
+# Modules that take some eight seconds of a core or more, the longest first: `-m "not slow"` leaves them out.
 SLOW = """
     test_readme test_notebooks training/test_recipe hub/test_streaming_pth reference/test_meta_reference
     distributed/test_parallel cpu/test_compiled training/test_processes files/test_atomic conversion/test_round_trip
@@ -17,7 +17,8 @@ SLOW = """
     conversion/test_nothing_lost conversion/test_layouts text/test_chat conversion/test_tokenizer_bounds
     model/test_registration text/test_hostile_folders hub/test_streaming model/test_remote_code hub/test_parts
     conversion/test_verify conversion/test_tokenizer test_examples cpu/test_packing conversion/test_gguf_divided
-    conversion/test_llama2 test_quickstart conversion/test_memory
+    conversion/test_llama2 test_quickstart conversion/test_memory conversion/test_dcp hub/test_publish
+    cpu/test_decode_attention conversion/test_gguf_writing
 """
 LEFT_OUT = {"compat", "integrations", "long"}  # by addopts
 
