@@ -32,6 +32,8 @@ TASKS = {  # the Hub's task, by the end of the class's name
     "ForQuestionAnswering": "question-answering",
     "Model": "feature-extraction",
 }
+FORMATS = {"meta": "Meta's format", "gguf": "GGUF"}  # of what a folder was converted from
+BITS = {"int8": 8.25, "int4": 5}  # of a quantised weight, its share of the scales included
 HASHED = ("config.json", "tokenizer.json", *CODE_FILES)  # files whose hashes the card lists, besides the weights
 
 
@@ -86,6 +88,7 @@ def build_card(
         llama_cpp_takes_it=is_for_llama_cpp(tokenizer, info.config, folder),
         memory=memory_of(info),
         provenance=provenance,
+        source_format=provenance and FORMATS.get(provenance["format"], "the Hugging Face format"),
         training=training and training | {"uniform_loss": math.log(training["vocab_size"])},
         curves=CURVES_FILE if (folder / CURVES_FILE).is_file() else None,
         evaluations=read_evaluations(folder),
@@ -153,14 +156,18 @@ def has_own_head(info: CheckpointInfo) -> bool:
 
 
 def memory_of(info: CheckpointInfo) -> dict[str, float]:
-    """Return the bytes of the weights in bf16, int8 and int4 (embedding in bf16), and of a token's cache in bf16."""
+    """Return the bytes of the weights in bf16, of `optimize`'s int8 and int4, and of a token's cache in bf16.
+
+    The embedding stays in bf16. A head is int8 in both; one that is tied becomes a copy.
+    """
     embedding = info.config["vocab_size"] * info.config["hidden_size"]
-    others = info.num_parameters - (embedding if has_own_head(info) else 0)  # a tied head becomes a copy
+    head = embedding if info.head == "ForCausalLM" else 0
+    layers = info.num_parameters - embedding - (head if has_own_head(info) else 0)
     head_dim = info.config.get("head_dim") or info.config["hidden_size"] // info.config["num_attention_heads"]
     return {
         "bf16": 2 * info.num_parameters,
-        "int8": 2 * embedding + others,
-        "int4": 2 * embedding + others / 2,
+        "int8": 2 * embedding + (head + layers) * BITS["int8"] / 8,
+        "int4": 2 * embedding + (head * BITS["int8"] + layers * BITS["int4"]) / 8,
         "token": 2 * 2 * info.config["num_hidden_layers"] * info.config["num_key_value_heads"] * head_dim,
     }
 

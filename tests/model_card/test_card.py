@@ -16,10 +16,13 @@ from checkpoints import hf_model, params, small_tokenizer, write_meta
 from command_line import refuse, run
 from gguf import GGUFReader, LlamaFileType
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from small import make_model
 from transformers import AutoModelForCausalLM
 from yaml import safe_load
 
+import hf_llama3
 from hf_llama3.conversion import convert, inspect
+from hf_llama3.measure.bench import weight_bytes
 from hf_llama3.model_card import build_card, write_card
 from hf_llama3.model_card.card import MARKS, memory_of
 from hf_llama3.model_card.licenses import META, license_of_meta
@@ -95,7 +98,7 @@ def test_the_code_of_a_card_runs(name, folders):
 def test_the_command_for_llama_cpp(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     card = build_card(folders / "base", "mit", repo_id=str(folders / "base"))
-    run(*shlex.split(re.search("&& hf-llama3 (.*) && llama-cli -m model.gguf", card)[1]))
+    run(*shlex.split(re.search("^hf-llama3 (.*) && llama-cli -m model.gguf", card, re.M)[1]))
     written = GGUFReader("model.gguf").fields
     assert written["general.file_type"].contents() == LlamaFileType.MOSTLY_Q8_0
     assert written["tokenizer.ggml.model"].contents() == "gpt2"
@@ -116,16 +119,34 @@ def test_what_llama_cpp_has_no_place_for(change, folders, tmp_path):
 
 
 def test_memory():
-    """The 3.2-1B: 1.24 billion weights; in int8 a byte each and the embedding's two besides, which stays."""
+    """The 3.2-1B: 1.24 billion weights, the head as a copy of the embedding, which stays in bf16."""
     config = config_of("3.2-1B")
     info = SimpleNamespace(
         config=config | {"head_dim": 64}, num_parameters=1_235_814_400, tied=True, head="ForCausalLM"
     )
     memory, embedding = memory_of(info), 128256 * 2048
     assert memory["bf16"] == 2_471_628_800
-    assert memory["int8"] == 1_235_814_400 + 2 * embedding
-    assert memory["int4"] == 1_235_814_400 / 2 + 2 * embedding
+    assert memory["int8"] == 1_235_814_400 * 8.25 / 8 + 2 * embedding
+    assert memory["int4"] == (embedding * 8.25 + (1_235_814_400 - embedding) * 5) / 8 + 2 * embedding
     assert memory["token"] == 16 * 8 * 64 * 2 * 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_memory_is_what_optimize_takes(quantize, tied, tmp_path):
+    size = {"hidden_size": 256, "intermediate_size": 384, "tie_word_embeddings": tied}
+    model = make_model(dtype=torch.bfloat16, **size)
+    model.save_pretrained(tmp_path / "model")
+    embedding = model.get_input_embeddings().weight.nbytes
+    taken = embedding + weight_bytes(hf_llama3.optimize(model, quantize=quantize))
+    assert memory_of(inspect(tmp_path / "model"))[quantize] == pytest.approx(taken, rel=0.005)  # norms are left out
+
+
+def test_a_model_from_gguf(folders, tmp_path):
+    run("convert", folders / "base", tmp_path / "model.gguf", "--to", "gguf")
+    run("convert", tmp_path / "model.gguf", tmp_path / "again")
+    card = build_card(tmp_path / "again", "mit")
+    assert "converted from GGUF by hf_llama3" in card and "Converted from `model.gguf`: GGUF.\n" in card
 
 
 def test_what_a_person_wrote_is_kept(folders, tmp_path):
