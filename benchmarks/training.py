@@ -26,7 +26,7 @@ import torch
 from machine import describe_machine
 from torch import nn
 
-NANOGPT_LOSS, NANOGPT_STEPS, NANOGPT_EVERY = 1.92, 2000, 250
+NANOGPT_LOSS, NANOGPT_STEPS, NANOGPT_EVERY = 1.88, 2000, 250
 ROUNDS = 3
 
 

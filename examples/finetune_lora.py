@@ -1,6 +1,6 @@
 """Train a LoRA adapter on a text with peft and the Trainer, and merge it into a folder that every tool loads.
 
-    pip install "hf_llama3[peft]" && hf-llama3 quickstart
+    pip install -c constraints.txt -e ".[peft,plot]" && hf-llama3 quickstart
     python examples/finetune_lora.py
     python examples/finetune_lora.py llama-3-8b my-text.txt --context 1024 --steps 500 --learning-rate 2e-4
 

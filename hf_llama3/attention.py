@@ -20,7 +20,7 @@ from .rotary import apply_rotary_pos_emb
 
 @use_kernelized_func(apply_rotary_pos_emb)
 class Llama3Attention(nn.Module):
-    """Let every token read from the tokens before it, through H queries that share K keys and values."""
+    """Let every token read from itself and those before it, through H queries that share K keys and values."""
 
     def __init__(self, config: Llama3Config, layer_idx: int):
         super().__init__()

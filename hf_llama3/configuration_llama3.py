@@ -1,7 +1,7 @@
 """Configuration of a Llama 3 model: every number that fixes its shape and its arithmetic.
 
 The defaults are those of Meta-Llama-3-8B. Llama 2 and Code Llama are the same architecture with other numbers:
-multi-head attention (`num_key_value_heads=None`), `rope_theta` 10000 or 1e6, a vocabulary of 32000 or 32016.
+multi-head attention up to 13B (`num_key_value_heads=None`), `rope_theta` 10000 or 1e6, 32000 or 32016 tokens.
 """
 
 import copy

@@ -33,7 +33,7 @@ from .rotary import Llama3RotaryEmbedding
 
 
 class Llama3DecoderLayer(GradientCheckpointingLayer):
-    """Add to the residual stream what attention reads from other tokens, then what the feed-forward makes of each."""
+    """Add to the residual stream what attention reads from the tokens, then what the feed-forward makes of each."""
 
     def __init__(self, config: Llama3Config, layer_idx: int):
         super().__init__()
@@ -91,8 +91,8 @@ class Llama3Model(Llama3PreTrainedModel):
         """Return the last hidden state (B, T, E), the cache, and on request every layer's states and weights.
 
         Exactly one of `input_ids` (B, T) and `inputs_embeds` (B, T, E) is given. `attention_mask` is (B, S) with zeros
-        at padding, or whatever `create_causal_mask` takes; `position_ids` (B, T) default to those after the cache, and
-        where they start again within a row, without mask or cache, it is read as texts that do not see one another.
+        at padding, or whatever `create_causal_mask` takes; `position_ids` (B, T) default to those after the cache. A
+        row in which they start again is read as several texts, but only with `use_cache=False` and without a mask.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
@@ -134,7 +134,7 @@ class Llama3ForCausalLM(Llama3PreTrainedModel, GenerationMixin):
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
     skip_logits_in_training = False
-    loss_without_logits = None  # the training room's (states, head, labels, ...) -> loss; None where only the six are
+    loss_without_logits = None  # (states, head, labels, ...) -> loss, by the package; None with these files alone
 
     def __init__(self, config: Llama3Config):
         super().__init__(config)
@@ -211,7 +211,7 @@ class Llama3ForQuestionAnswering(GenericForQuestionAnswering, Llama3Head):
 def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """Cut (B, T, E) down to the positions asked for, before the largest matrix multiplication of the model.
 
-    These are the last (an int; 0: all), some for all rows (N), some for each (B, N), or a mask's (B, T), as (N, E).
+    An int: the last ones (0: all). (N): these of every row. (B, N): each row's own. A mask (B, T): its own, as (N, E).
     """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:]

@@ -45,7 +45,7 @@ class Llama3RotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
     def compute_inverse_frequencies(self) -> tuple[torch.Tensor, float]:
-        """Return the radians per position of every pair, (D/2), and the factor on cos and sin (1, save for YaRN's)."""
+        """Return the radians per position of every pair, (D/2), and the factor on cos and sin (of most types 1)."""
         if self.rope_type == "default":
             return self.compute_default_rope_parameters(self.config)
         if self.rope_type == "llama3":

@@ -218,8 +218,8 @@ def convert(
 
 @command("hf-llama3 verify Meta-Llama-3-8B/original llama-3-8b", GROUP)
 def verify(
-    source: Annotated[Path, typer.Argument(help="Folder in any format, or GGUF file.")],
-    target: Annotated[Path, typer.Argument(help="Folder in any format, or GGUF file.")],
+    source: Annotated[Path, typer.Argument(help="Folder in any format, GGUF file, or name on the Hub.")],
+    target: Annotated[Path, typer.Argument(help="Folder in any format, GGUF file, or name on the Hub.")],
     logits: Annotated[
         bool, typer.Option("--logits", help="Compute the logits of both as well, layer by layer.")
     ] = False,

@@ -68,7 +68,7 @@ class Settings:
 
 
 # For comparisons on tiny Shakespeare with nanoGPT's two recipes (github.com/karpathy/nanoGPT, README, of as many steps
-# and windows) at no more parameters than these: 0.80 and 10.65 million.
+# and windows) at about as many parameters as theirs: 0.80 and 10.65 million.
 PRESETS = {
     "shakespeare-cpu": {
         **{"tokenizer": "char", "layers": 4, "hidden_size": 128, "heads": 4, "kv_heads": 4, "context": 64},
