@@ -281,10 +281,33 @@ def test_target_exists(meta, tmp_path):
     assert sentence.endswith("out already exists; choose another target or add --overwrite")
     sentence = refused_without_a_trace(tmp_path, "convert", meta, tmp_path / "out", "--overwrite")
     assert "is no checkpoint, so it is not overwritten" in sentence
-    (tmp_path / "out" / "config.json").write_text("{}")  # now it looks like one
+    (tmp_path / "out" / "config.json").write_text("{}")  # now it looks like one, but for what somebody put there
+    sentence = refused_without_a_trace(tmp_path, "convert", meta, tmp_path / "out", "--overwrite")
+    assert "out also holds 'mine.txt', which no conversion makes, so it is not overwritten; move that" in sentence
+    (tmp_path / "out" / "mine.txt").unlink()
     run("convert", meta, tmp_path / "out", "--overwrite")
-    assert not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "model.safetensors").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"meta", "out"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--as", "llama3", "--instruct"),
+        ("--to", "meta", "--mp", "2"),
+        ("--to", "dcp"),
+        ("--to", "dcp", "--as", "torchtitan"),
+    ],
+    ids=" ".join,
+)
+def test_what_was_made_can_be_overwritten(options, talker, tmp_path):
+    """Nothing that a conversion makes is in the way of the next."""
+    source = talker.parent / "meta"
+    for more in ((), ("--overwrite",)):
+        run("convert", source, tmp_path / "made", *options, *more)
+    run("convert", tmp_path / "made", tmp_path / "back", *(() if "meta" in options else ("--to", "meta")))
+    run("convert", source, tmp_path / "back", "--overwrite")
 
 
 def test_empty_target_is_taken(meta, tmp_path):

@@ -75,11 +75,11 @@ def find_difference(source: Checkpoint, target: Checkpoint) -> str | None:
 
 def files_by_reader(checkpoint: Checkpoint) -> dict[str, tuple]:
     """Return the contents of the files of each reader, `HUB` and `MODEL`."""
-    hub, model, found = checkpoint.hf_tokenizer, checkpoint.path / MODEL, {}
+    hub, model, found = checkpoint.hf_tokenizer, checkpoint.tokenizer, {}
     if hub is not None and ((hub / "tokenizer.json").is_file() or checkpoint.tokenizer_kind != "tiktoken"):
         paths = [hub / name for name in HUB_FILES] + sorted((hub / "additional_chat_templates").glob("*.jinja"))
         found[HUB] = tuple((path.name, read_file(path)) for path in paths if path.is_file())
-    if checkpoint.tokenizer == model:
+    if model.name == MODEL:
         found[MODEL] = (*(checkpoint.special_tokens or ()), read_file(model))
     return found
 

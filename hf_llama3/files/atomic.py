@@ -8,6 +8,7 @@ marker was made by somebody else, and is never touched.
 import contextlib
 import ctypes
 import errno
+import fnmatch
 import os
 import shutil
 import stat
@@ -15,12 +16,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 
 from .locking import hold, locked
 
 # A checkpoint has one of them. They are written last, and a folder that has none is not replaced.
 SIGNS = ("config.json", "params.json")
+# What else lies in one, by its name. A folder that holds anything besides is not replaced: somebody put it there.
+PARTS = (
+    *("*.safetensors", "*.bin", "*.pth", "*.pt", "*.distcp", ".metadata", "*.index.json", "consolidated.[0-9][0-9]"),
+    *("generation_config.json", "adapter_config.json", "huggingface.json", "huggingface", "provenance.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.*", "additional_chat_templates", "checklist.chk", "SHA256SUMS"),
+    *("training.json", "evaluations.json", "curves.png"),
+    *("configuration_llama3.py", "modeling_llama3.py", "attention.py", "mlp.py", "norm.py", "rotary.py"),
+)
 OURS = "-by-hf-llama3"  # ends the names of what is gone when a folder is finished
 MARKER = f".unfinished{OURS}"
 REPLACED = "replaced"  # the old target's name in the folder where it waits to be removed
@@ -77,12 +87,24 @@ def check_target(
             raise UserError(f"{target} already exists; choose another target or add --overwrite")
         if not may_go(target):
             raise UserError(f"{target} is no {kind}, so it is not overwritten; remove it yourself or choose another")
+        if others := foreign(target):
+            names = f"{quoted(others[0])}{f' and {len(others) - 1} more' if others[1:] else ''}"
+            raise UserError(
+                f"{target} also holds {names}, which no conversion makes, so it is not overwritten; "
+                "move that elsewhere, or choose another target"
+            )
     parent = parent_of(target)
     staging = staging_of(target)
     there = sum(file.lstat().st_size for file in staging.iterdir()) if staging.is_dir() else 0
     if (free := shutil.disk_usage(parent).free) + there < needed:
         raise UserError(f"{target} needs {needed} bytes, but its disk has {free} free; make room there")
     return free
+
+
+def foreign(target: Path) -> list[str]:
+    """List what lies in a folder that is no part of a checkpoint; in a file there is nothing."""
+    names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    return [name for name in names if not any(fnmatch.fnmatchcase(name, part) for part in (*SIGNS, *PARTS))]
 
 
 def is_taken(target: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from importlib import import_module
 
 import gguf
@@ -353,3 +354,14 @@ def test_the_way_of_a_user(instruct, tmp_path):
     assert one == other
     report = json.loads(run("convert", instruct, tmp_path / "plan.gguf", "--dry-run", "--json").stdout)
     assert report["target_format"] == "gguf" and not (tmp_path / "plan.gguf").exists()
+
+
+def test_metas_tokenizer_beside_hugging_faces_weights(tmp_path):
+    """The one file travels, is read from there, and comes back."""
+    write_meta(tmp_path / "meta", params(vocab=516), tokenizer=small_tokenizer(tmp_path))
+    convert(tmp_path / "meta", tmp_path / "hf")
+    for path in [*(tmp_path / "hf").glob("tokenizer*"), *(tmp_path / "hf").glob("special_tokens*")]:
+        path.unlink()
+    shutil.copy(tmp_path / "meta" / "tokenizer.model", tmp_path / "hf")
+    report = convert(tmp_path / "hf", tmp_path / "model.gguf")
+    assert report.verification.tokenizer == "equal" and verify(tmp_path / "meta", tmp_path / "model.gguf").ok

@@ -12,7 +12,7 @@ from ...checkpoint import Checkpoint, check_layers, check_names, check_shapes
 from ...config.gguf import ROPE_FACTORS, facts_to_config, read_metadata, read_token_ids, same_factors, unused_keys
 from ...config.hf import read_config, read_more_config
 from ...config.schema import GEOMETRY, read_small_files
-from ...tokenizer.bpe import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN
+from ...tokenizer.bpe import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN, special_tokens
 from ...tokenizer.facts import read_tokenizer_facts
 from ...tokenizer.gguf import OtherTokenizer, read_gguf_tokenizer
 from ...tokenizer.templates import DEFAULT
@@ -82,7 +82,7 @@ def open_read(found: Gguf, made, llama_version: str | None, instruct: bool | Non
     narrow_vectors(shards, inferred)
     return Checkpoint(
         *(path, "gguf", config, table, shards, told.tokenizer, told.kind, told.version, told.instruct),
-        special_tokens=None,
+        special_tokens=special_tokens(told.version) if told.kind == "tiktoken" else None,
         chat_template=told.templates.get(DEFAULT),
         generation_config=generation,
         inferred=inferred,
