@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, quoted
 from hf_llama3.files.progress import byte_bar
 
 from .checkpoint import Checkpoint
@@ -22,6 +22,8 @@ from .tokenizer.proof import NOT_COMPARED, compare_tokenizers
 from .weights import Row, sizes
 
 COMPARED = (*GEOMETRY, "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
+SAYS_NOTHING = {"transformers_version", "_from_model_config"}  # of how a text is generated
 
 
 @dataclass
@@ -106,6 +108,12 @@ def compare_weights(
     for key in COMPARED:
         if source.config[key] != target.config[key]:
             report.differences.append(f"`{key}`: {source.config[key]} and {target.config[key]}")
+    ours, theirs = (checkpoint.generation_config for checkpoint in (source, target))
+    if source.format == target.format == "hf" and ours and theirs:  # other formats have no place of their own for it
+        for key in sorted((ours.keys() | theirs.keys()) - SAYS_NOTHING):
+            if ours.get(key) != theirs.get(key):
+                values = f"{quoted(ours.get(key))} and {quoted(theirs.get(key))}"
+                report.differences.append(f"generation_config.json, {quoted(key)}: {values}")
     for checkpoint in (source, target):
         try:
             checkpoint.check_copies()

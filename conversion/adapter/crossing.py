@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_llama3.errors import UserError, quoted, shown
+from hf_llama3.errors import UserError, quoted
 from hf_llama3.files.json import to_json
 from hf_llama3.files.reading import read_file
 
@@ -22,7 +22,7 @@ from ..formats.safetensors import SafetensorsLayout, read_metadata
 from ..formats.storage import to_floats
 from ..formats.torch_files import ADAPTER
 from ..weights import EMBEDDING, LAYER_TABLE, OUTPUT, half_to_interleaved, interleaved_to_half
-from .files import LORA, LORA_OF_EMBEDDING, OLDER_TENSORS, PREFIX, TENSORS, Adapter, Pair, read_adapter, row_of
+from .files import LORA, LORA_OF_EMBEDDING, PREFIX, TENSORS, Adapter, Pair, left_out, read_adapter, row_of
 from .gguf import ENDS as GGUF_ENDS
 from .gguf import gguf_adapter
 
@@ -92,13 +92,6 @@ def cross_adapter(folder: Path, target: Path, to: str | None = None) -> CrossedA
     before = metadata.get(BEFORE) if to == "hf" else None
     written = before.encode() if before else to_json(rename_modules(adapter, to))
     return CrossedAdapter(adapter, to, {TENSORS: content, ADAPTER: written}, len(arrays), head_dim, notes)
-
-
-def left_out(folder: Path) -> list[str]:
-    """Note the files in an adapter's folder that are left out."""
-    read = (ADAPTER, TENSORS, OLDER_TENSORS)
-    others = sorted(path.name for path in folder.iterdir() if path.name not in read)
-    return [f"left out, since it is none of an adapter's files: {', '.join(map(shown, others[:5]))}"] if others else []
 
 
 def reorder(b: np.ndarray, to: str, head_dim: int, what: str) -> np.ndarray:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_llama3.errors import UserError, quoted
+from hf_llama3.errors import UserError, quoted, shown
 from hf_llama3.files.atomic import is_unfinished
 from hf_llama3.files.json import read_json
 from hf_llama3.files.schema import FLAG, Rule, check, mapped, number, optional, text, whole
@@ -230,3 +230,10 @@ def matching(pattern: dict | None, module: str, folder: Path):
         if module == name or (module.endswith(f".{name}") and not key.startswith("^")):
             return value
     return None
+
+
+def left_out(folder: Path) -> list[str]:
+    """Note the files in an adapter's folder that are left out."""
+    read = (CONFIG, TENSORS, OLDER_TENSORS)
+    others = sorted(path.name for path in folder.iterdir() if path.name not in read)
+    return [f"left out, since it is none of an adapter's files: {', '.join(map(shown, others[:5]))}"] if others else []

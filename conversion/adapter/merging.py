@@ -21,7 +21,7 @@ from ..formats.dcp.gathered import GatheredArray, TensorOver
 from ..formats.hf import merging_by_peft
 from ..formats.storage import Dtype, SourceFile, StoredTensor
 from ..weights import EMBEDDING, OUTPUT, half_to_interleaved, interleaved_to_half, sizes
-from .files import Pair, read_adapter
+from .files import Pair, left_out, read_adapter
 
 BAND = 1024  # rows of a band, at least
 NARROWER = ("float16", "bfloat16")  # than float32, to which PEFT widens an adapter
@@ -137,7 +137,7 @@ class MergedTensor(TensorOver):
 
 
 def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Return a checkpoint whose weights are merged with an adapter when they are read.
+    """Return a checkpoint whose weights are merged with an adapter when they are read; its tokenizer is the model's.
 
     Raises:
         UserError: the adapter belongs to another model, or changes a tied head.
@@ -168,4 +168,4 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         ]
     scales = sorted({pair.scale for pair in adapter.pairs.values()})
     said = f"merged {folder} into {len(adapter.pairs)} weights, scaled by {', '.join(f'{one:g}' for one in scales[:4])}"
-    return replace(checkpoint, tensors=tensors, inferred=[*checkpoint.inferred, said])
+    return replace(checkpoint, tensors=tensors, inferred=[*checkpoint.inferred, said, *left_out(folder)])

@@ -54,7 +54,7 @@ def evaluate(model, tokenizer, text, context: int | None = None, progress: bool 
     context = min(window, LARGEST_CONTEXT) if context is None else context
     check_range("--context", context, 1, window)
     try:
-        content = read_file(text, MOST_BYTES).decode("utf-8")
+        content = read_file(text, MOST_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{text} cannot be read: {error}; pass a text file in UTF-8") from error
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = (

@@ -6,7 +6,7 @@ from transformers import TextStreamer, set_seed
 from hf_llama3.errors import UserError, for_terminal
 
 from . import MAX_NEW_TOKENS
-from .completion import check_lengths, check_sampling, encode, generation_options
+from .completion import check_lengths, check_sampling, check_unicode, encode, generation_options
 from .template import apply_template
 
 
@@ -38,6 +38,11 @@ def chat(
             print()
             return
         if not line.strip():
+            continue
+        try:
+            check_unicode(line)
+        except UserError as error:
+            print(error)
             continue
         turns.append({"role": "user", "content": line})
         ids = encode(tokenizer, apply_template(tokenizer, [turns])[0], with_special=False)

@@ -91,10 +91,21 @@ def encode(tokenizer, text: str | list[str], with_special: bool = True) -> list:
     """Return the token ids of a text, or of each.
 
     Raises:
-        UserError: the tokenizer has no token for a part of it, and none for what it does not know.
+        UserError: it is no Unicode, or the tokenizer has no token for a part of it and none for what it does not know.
     """
+    for one in [text] if isinstance(text, str) else text:
+        check_unicode(one)
     with library_errors("the model's tokenizer fails at a text", "write its tokenizer.json again"):
         return tokenizer(text, add_special_tokens=with_special)["input_ids"]
+
+
+def check_unicode(text: str):
+    """Refuse what was typed in another encoding than UTF-8: Python keeps each byte of it as half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = quoted(text[error.start : error.end])
+        raise UserError(f"a text must be in UTF-8, got {wrong} at character {error.start}; write it anew") from error
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int):

@@ -219,7 +219,7 @@ def read_prompts(prompts: list[str] | Path) -> Iterator[str]:
         yield from prompts
         return
     try:
-        with open(prompts, encoding="utf-8") as file:
+        with open(prompts, encoding="utf-8-sig") as file:  # some editors put a mark before the text
             for number in itertools.count(1):
                 line = file.readline(MOST_OF_A_LINE + 2)
                 if not line:

@@ -53,7 +53,7 @@ def survey(path: Path, progress: bool = False) -> Text:
 
 
 def read_pieces(path: Path, progress: Callable[[int], None] = lambda count: None) -> Iterator[str]:
-    """Yield a text file in pieces, unchanged.
+    """Yield a text file in pieces, unchanged but for the mark that some editors put before it.
 
     Raises:
         UserError: it cannot be read, or is not in UTF-8.
@@ -64,7 +64,8 @@ def read_pieces(path: Path, progress: Callable[[int], None] = lambda count: None
         with open(path, "rb") as file:
             while chunk := file.read(READ_BYTES):
                 waiting = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut
-                yield decoder.decode(chunk)
+                piece = decoder.decode(chunk)
+                yield piece if read else piece.removeprefix("\ufeff")
                 read += len(chunk)
                 progress(len(chunk))
             waiting, chunk = len(decoder.getstate()[0]), b""

@@ -73,6 +73,14 @@ def test_merged_as_peft_merges(kind, tmp_path):
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
 
+def test_what_lies_beside_an_adapter_is_named(tmp_path):
+    """A tokenizer that was trained with, for example: the merged model has its own model's."""
+    base, adapter = make(tmp_path)
+    (adapter / "tokenizer.json").write_text("{}")
+    report = convert(base, tmp_path / "merged", to="hf", adapter=adapter)
+    assert "left out, since it is none of an adapter's files: README.md, tokenizer.json" in report.inferred
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_types(dtype, tmp_path):
     base, adapter = make(tmp_path, dtype=dtype)

@@ -1,6 +1,7 @@
 """What a verification sees: a bit, a setting, a token, and what the numbers mean to a model."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -159,6 +160,23 @@ def test_logits(mp, tmp_path):
     for form in ("hf", "meta"):
         ours = compute_logits(open_checkpoint(tmp_path / form), lambda count: None)
         torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"eos_token_id": 5}, "generation_config.json, 'eos_token_id': "),
+        ({"stop_strings": ["x"]}, "generation_config.json, 'stop_strings': None and ['x']"),
+        ({"transformers_version": "4.0.0"}, None),
+    ],
+)
+def test_settings_of_generation(change, said, pair, tmp_path):
+    """A model that stops at another token is another one to its user."""
+    shutil.copytree(pair[1], tmp_path / "other")
+    path = tmp_path / "other" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    found = verify(pair[1], tmp_path / "other").differences
+    assert [one.startswith(said) for one in found] == [True] if said else found == []
 
 
 def test_logits_of_llama_2(tmp_path):

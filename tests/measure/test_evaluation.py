@@ -88,6 +88,9 @@ def test_command(trained):
     folder, _ = trained
     arguments = ["evaluate", folder / "model", "--text", folder / "held-out.txt"]
     plain = json.loads(run(*arguments, "--json").stdout)
+    (folder / "marked.txt").write_text("\ufeff" + (folder / "held-out.txt").read_text("utf-8"), "utf-8")
+    marked = json.loads(run("evaluate", folder / "model", "--text", folder / "marked.txt", "--json").stdout)
+    assert [marked[key] for key in ("tokens", "loss")] == [plain[key] for key in ("tokens", "loss")]
     quantized = json.loads(run(*arguments, "--json", "--quantize", "int8").stdout)
     assert quantized["quantize"] == "int8" and quantized["loss"] == pytest.approx(plain["loss"], rel=0.01)
     assert quantized["loss"] != plain["loss"] and plain["text"] == str(folder / "held-out.txt")

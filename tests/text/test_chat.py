@@ -35,7 +35,8 @@ def talker(tmp_path_factory):
 
 def chat(folder, lines, *options):
     command = [sys.executable, "-m", "hf_llama3", "chat", str(folder), *map(str, options)]
-    result = subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
+    how = {"encoding": "utf-8", "errors": "surrogateescape"}  # a line may hold bytes of another encoding
+    result = subprocess.run(command, input=lines, capture_output=True, check=False, **how)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     return result.stdout
 
@@ -52,10 +53,11 @@ def answer_to(folder, prompt, tokens):
 
 
 def test_a_turn_sees_those_before(talker):
-    out = chat(talker, "one\n\ntwo\n", "--max-new-tokens", 8)
+    out = chat(talker, "one\n\ncaf\udce9\ntwo\n", "--max-new-tokens", 8)
     first = answer_to(talker, "uone", 8)
     second = answer_to(talker, f"uonea{first}utwo", 8)
-    assert out == f"> {first}\n> > {second}\n> \n"
+    refusal = "a text must be in UTF-8, got '\\udce9' at character 3; write it anew"
+    assert out == f"> {first}\n> > {refusal}\n> {second}\n> \n"
 
 
 def test_a_conversation_that_grows_too_long(talker, tmp_path):

@@ -4,7 +4,9 @@ import pytest
 from small import SHAPE, make_model
 from transformers import AutoTokenizer
 
+from hf_llama3.errors import UserError
 from hf_llama3.text.completion import generate_text, until_stop
+from hf_llama3.text.prompts import read_prompts
 from hf_llama3.training.tokenizer import character_tokenizer
 
 
@@ -48,6 +50,17 @@ def make(chosen: list[int], **tokens):
 )
 def test_until_stop(row, stops, expected):
     assert until_stop(row, stops) == expected
+
+
+def test_what_is_no_unicode(tokenizer):
+    """A byte that a terminal of another encoding sent."""
+    with pytest.raises(UserError, match=r"a text must be in UTF-8, got '\\udce9' at character 3; write it anew"):
+        generate_text(make([5]), tokenizer, ["ab", "caf\udce9"], 4)
+
+
+def test_a_mark_before_the_prompts_is_none_of_them(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\ufeffabc\nd\n", "utf-8")
+    assert list(read_prompts(tmp_path / "prompts.txt")) == ["abc", "d"]
 
 
 def test_the_first_id_is_a_token(tokenizer):

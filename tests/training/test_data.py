@@ -34,6 +34,11 @@ def test_read_as_it_is(text):
     assert "".join(read_pieces(text.path)) == TEXT and text.length == len(TEXT)
 
 
+def test_a_mark_before_the_text_is_none_of_it(tmp_path):
+    (tmp_path / "text.txt").write_text("\ufeffab\ufeffc\n", "utf-8")
+    assert "".join(data.read_pieces(tmp_path / "text.txt")) == "ab\ufeffc\n"
+
+
 def test_parts_make_the_whole(text):
     parts = text.divide(0.2, 0.1)
     assert [len(part) / text.length for part in parts] == pytest.approx([0.7, 0.2, 0.1], abs=1e-3)
