@@ -54,9 +54,12 @@ def params_to_config(
     if heads % kv_heads or dim % heads:
         chain = "`dim` must be a multiple of `n_heads`, and that of `n_kv_heads`"
         raise UserError(f"{path}: {chain}, got {dim}, {heads} and {kv_heads}")
-    theta = float(params.get("rope_theta", LLAMA2_ROPE_THETA))
     inferred = []
     scaled = is_scaled(params, path, given_factor, inferred)
+    theta = float(params.get("rope_theta", LLAMA2_ROPE_THETA))
+    if "rope_theta" not in params and (scaled or vocab_size == VOCAB_SIZE):
+        theta = ROPE_THETA  # default of Llama 3's own reader (llama-models 0.3.0, models/llama3/args.py)
+        inferred.append(f"RoPE theta {theta:,.0f}: {path.name} does not say it, and Llama 3's reader takes that")
     if scaled:
         factor, why = infer_rope_factor(params, path, given_factor, kept_factor)
         inferred.append(f"RoPE factor {factor:g}: {why}")

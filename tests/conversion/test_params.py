@@ -102,6 +102,20 @@ def test_released_shapes_have_their_factor(tmp_path):
         assert config["max_position_embeddings"] == 131072
 
 
+@pytest.mark.parametrize(
+    ("vocab", "scaled", "theta"),
+    [(32000, False, 10000.0), (512, False, 10000.0), (128256, False, 5e5), (512, True, 5e5)],
+)
+def test_a_file_without_theta(vocab, scaled, theta, tmp_path):
+    """Meta's readers of Llama 2 and of Llama 3 have defaults of their own."""
+    layout = params(vocab=vocab, use_scaled_rope=scaled)
+    del layout["rope_theta"]
+    config, inferred = params_to_config(layout, tmp_path / "params.json", vocab, given_factor=8.0 if scaled else None)
+    assert config["rope_parameters"]["rope_theta"] == theta
+    said = "RoPE theta 500,000: params.json does not say it, and Llama 3's reader takes that"
+    assert (said in inferred) == (theta == 5e5)
+
+
 def test_llama_2_says_minus_one(tmp_path):
     llama2 = {"dim": 64, "multiple_of": 32, "n_heads": 8, "n_layers": 2, "norm_eps": 1e-6, "vocab_size": -1}
     (tmp_path / "params.json").write_text(json.dumps(llama2))
