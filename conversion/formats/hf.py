@@ -19,7 +19,7 @@ from .names import is_rope_table, settle
 from .pth import read_parts, read_pth
 from .safetensors import read_safetensors
 from .storage import StoredTensor
-from .torch_files import ADAPTER, BIN, BIN_INDEX, find_torch_files, find_torchtune_adapters, refuse_lone_adapter
+from .torch_files import ADAPTER, BIN, BIN_INDEX, SUFFIXES, find_parts, find_torchtune_adapters, refuse_lone_adapter
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -64,7 +64,6 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
     is_alone = not (folder / ADAPTER).exists()  # or `from_pretrained` would take another model and add the adapter
     names_as_is = {name_in_file(name, head) for name in tensors} - found.keys() <= {OUTPUT.hf}
     divides = config["hidden_size"] % config["num_attention_heads"] == 0  # or upstream's class refuses any `head_dim`
-    files = {tensor.file.path for tensor in tensors.values()}
     return Checkpoint(
         *(folder, "hf", config, table, shards, told.tokenizer, told.kind, told.version, told.instruct),
         special_tokens=special_tokens(told.version) if told.kind == "tiktoken" else None,
@@ -74,7 +73,7 @@ def open_hf(folder: Path, llama_version: str | None, instruct: bool | None) -> C
         order=order,
         more_config=read_more_config(folder / "config.json"),
         hf_tokenizer=folder if told.tokenizer is not None else None,
-        loads_as_is=is_alone and names_as_is and divides and {file.suffix for file in files} == {SUFFIX},
+        loads_as_is=is_alone and names_as_is and divides and any((folder / name).exists() for name in (SINGLE, INDEX)),
     )
 
 
@@ -93,8 +92,10 @@ def find_weights(folder: Path, inferred: list[str]) -> dict[str, StoredTensor]:
             return read(folder / single)
     if distributed := find_dcp(folder):
         return read_dcp(distributed, inferred)
-    if paths := find_torch_files(folder):
-        return read_parts(paths)
+    for suffixes, read in (((SUFFIX,), read_safetensors), (SUFFIXES, read_pth)):
+        if paths := find_parts(folder, suffixes=suffixes):
+            inferred.append(f"weights without an index, in {', '.join(shown(path.name, 60) for path in paths[:4])}")
+            return read_parts(paths, read)
     if (folder / ADAPTER).exists():
         refuse_adapter(folder)
     refuse_lone_adapter(folder)

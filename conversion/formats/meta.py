@@ -31,7 +31,7 @@ from .names import settle
 from .pth import read_parts, read_pth
 from .safetensors import read_safetensors
 from .storage import StoredTensor
-from .torch_files import find_torch_files, first_missing, refuse_lone_adapter
+from .torch_files import find_parts, first_missing, refuse_lone_adapter
 
 PARAMS_FILE = "params.json"
 UNTOLD = "no file of Meta's says; an Instruct model needs --instruct, or it has no chat template and does not stop"
@@ -132,7 +132,7 @@ def read_shards(folder: Path, inferred: list[str]) -> dict[str, list[StoredTenso
         return {name: [tensor] for name, tensor in read_dcp(distributed, inferred).items()}
     if not paths:
         remedy = "if they are shards, name them consolidated.00.pth, consolidated.01.pth, ..."
-        parts = find_torch_files(folder, remedy)
+        parts = find_parts(folder, remedy)
         if not parts:
             refuse_lone_adapter(folder)
             raise UserError(f"{folder} holds no consolidated.00.pth; pass the folder that Meta's download made")

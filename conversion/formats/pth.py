@@ -9,6 +9,7 @@ import math
 import pickle
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from hf_llama3.errors import UserError, quoted, shown
@@ -44,7 +45,9 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
     return {name: place(tensor, storages, source, name) for name, tensor in tensors_of(read.value, path).items()}
 
 
-def read_parts(paths: list[Path]) -> dict[str, StoredTensor]:
+def read_parts(
+    paths: list[Path], read: Callable[[Path], dict[str, StoredTensor]] | None = None
+) -> dict[str, StoredTensor]:
     """List the tensors of several files that together hold a model.
 
     Raises:
@@ -52,7 +55,7 @@ def read_parts(paths: list[Path]) -> dict[str, StoredTensor]:
     """
     tensors = {}
     for path in paths:
-        found = read_pth(path)
+        found = (read or read_pth)(path)
         if twice := sorted(found.keys() & tensors.keys()):
             raise UserError(f"{path} holds {quoted(twice[0])}, which another part holds as well")
         tensors |= found

@@ -1,4 +1,4 @@
-"""Find the files of `torch.save` that hold a model's weights, among those that training leaves beside them."""
+"""Find the files that hold a model's weights under other names than usual, among those that training leaves beside."""
 
 import re
 import shlex
@@ -29,13 +29,15 @@ class Found(NamedTuple):
     epoch: int | None
 
 
-def find_torch_files(folder: Path, remedy: str = "move the others elsewhere") -> list[Path]:
-    """List the parts of the model in a folder without an index; an empty list if there is none.
+def find_parts(
+    folder: Path, remedy: str = "move the others elsewhere", suffixes: tuple[str, ...] = SUFFIXES
+) -> list[Path]:
+    """List the parts of the model in a folder without an index, by default `torch.save`'s; it may be empty.
 
     Raises:
         UserError: there are several models, or a part of one is missing.
     """
-    found = [read_name(path) for path in sorted(folder.iterdir()) if is_weights(path)]
+    found = [read_name(path) for path in sorted(folder.iterdir()) if is_weights(path, suffixes)]
     epochs = sorted({one.epoch for one in found if one.epoch is not None})
     if len(epochs) > 1:
         raise UserError(f"{folder} holds the weights of the epochs {epochs}; move those of all but one elsewhere")
@@ -53,8 +55,8 @@ def first_missing(found: Set[int], first: int, last: int) -> int | None:
     return next((number for number in range(first, min(last, first + len(found)) + 1) if number not in found), None)
 
 
-def is_weights(path: Path) -> bool:
-    return path.suffix in SUFFIXES and path.is_file() and not any(fnmatch(path.name, other) for other in OTHERS)
+def is_weights(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
+    return path.suffix in suffixes and path.is_file() and not any(fnmatch(path.name, other) for other in OTHERS)
 
 
 def find_torchtune_adapters(folder: Path) -> list[Path]:

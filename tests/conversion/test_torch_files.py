@@ -7,6 +7,7 @@ import pytest
 import torch
 from checkpoints import hf_model, meta_tensors, params
 from command_line import refuse, run
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hf_llama3.conversion import convert, inspect, verify
@@ -69,6 +70,24 @@ def test_what_training_leaves_beside_weights_is_not_read(folder, plain):
     assert verify(folder, plain).ok
     (folder / "pytorch_model.bin").rename(folder / "model.pt")
     assert verify(folder, plain).ok
+
+
+PARTS = [f"model-0000{part}-of-00003.safetensors" for part in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("names", [["weights.safetensors"], PARTS], ids=["one file", "parts"])
+def test_safetensors_without_an_index(names, folder, plain):
+    """A file under a name of its own; parts of a model whose index was lost."""
+    tensors = weights()
+    for part, name in enumerate(names):
+        save_file({key: tensors[key] for key in sorted(tensors)[part :: len(names)]}, folder / name)
+    info = inspect(folder)
+    assert f"weights without an index, in {', '.join(names)}" in info.inferred and not info.loads_as_is
+    assert verify(plain, folder).ok
+    if names[1:]:
+        (folder / names[1]).unlink()
+        with pytest.raises(UserError, match="lacks part 2 of 3 of model; download it"):
+            inspect(folder)
 
 
 def test_parts_with_an_index(folder, plain):
