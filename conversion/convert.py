@@ -4,11 +4,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hf_llama3.errors import UserError
+from hf_llama3.errors import UserError, shown
 from hf_llama3.files.atomic import (
     check_target,
     clear,
     files_in,
+    foreign,
     is_checkpoint,
     place_of,
     put_file,
@@ -125,6 +126,9 @@ def carry_out(
     refuse_links(checkpoint.folder, [path for path in beside if path.suffix == ".json"])
     seen = {path: identity(path) for path in beside}
     check_small_files(plan, verify)
+    if others := [name for name in foreign(checkpoint.path) if not name.startswith(".")]:
+        more = f" and {len(others) - 5} more" if others[5:] else ""
+        plan.notes.append(f"left out, since it is no part of a model: {', '.join(map(shown, others[:5]))}{more}")
     may_go = is_gguf if plan.to == "gguf" else is_checkpoint
     needed = plan.needed_bytes
     if streamed:

@@ -218,3 +218,13 @@ def test_generation_settings_come_back(folder, tmp_path):
     convert(folder, tmp_path / "meta")
     convert(tmp_path / "meta", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == given
+
+
+@pytest.mark.parametrize("to", ["hf", "meta", "dcp", "gguf"])
+def test_what_no_format_has_a_place_for_is_named(to, folder, tmp_path):
+    for name in ("LICENSE", "README.md", ".gitattributes"):
+        (folder / name).write_text("mine")
+    target = tmp_path / ("model.gguf" if to == "gguf" else "target")
+    assert "left out, since it is no part of a model: LICENSE, README.md" in convert(folder, target, to=to).notes
+    if to != "gguf":
+        assert not any("left out" in note for note in convert(target, tmp_path / "again", to=to).notes)
