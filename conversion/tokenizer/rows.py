@@ -7,6 +7,7 @@ from hf_llama3.errors import UserError, quoted
 from ..checkpoint import Checkpoint
 from ..config.schema import read_small
 from .bounds import named_after, read_tokenizer_file
+from .readings import named_elsewhere
 
 
 def require_rows(checkpoint: Checkpoint):
@@ -42,13 +43,17 @@ def resize(checkpoint: Checkpoint) -> str:
 
 
 def read_tokens(folder: Path) -> dict[str, int]:
-    """Return the ids of a folder's tokens by their names."""
-    tokens = {}
-    if (folder / "tokenizer.json").is_file():
-        raw = read_tokenizer_file(folder / "tokenizer.json")
-        vocabulary = raw["model"]["vocab"]
-        tokens |= vocabulary if isinstance(vocabulary, dict) else {}
-        tokens |= {entry["content"]: entry["id"] for entry in raw.get("added_tokens") or []}
-    if (folder / "added_tokens.json").is_file():
-        tokens |= read_small(folder / "added_tokens.json")
+    """Return the ids of a folder's tokens by their names.
+
+    Tokens that other files than tokenizer.json name get the next ids, as transformers gives them.
+    """
+    added = read_small(path) if (path := folder / "added_tokens.json").is_file() else {}
+    if not (folder / "tokenizer.json").is_file():
+        return added
+    raw = read_tokenizer_file(folder / "tokenizer.json")
+    vocabulary, tokens = raw["model"]["vocab"], {}
+    tokens |= vocabulary if isinstance(vocabulary, dict) else {}
+    tokens |= {entry["content"]: entry["id"] for entry in raw.get("added_tokens") or []}
+    for name in named_elsewhere(folder) if isinstance(vocabulary, dict) else added:
+        tokens.setdefault(name, max(tokens.values(), default=-1) + 1)
     return tokens

@@ -1,6 +1,7 @@
 """What Meta's format has no place for comes back: every file of a tokenizer, every key of a configuration."""
 
 import json
+import shutil
 
 import pytest
 from checkpoints import SMALL_VOCAB, hf_model, params, small_tokenizer, write_meta
@@ -8,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer
 
 from hf_llama3.conversion import convert, inspect, verify
+from hf_llama3.errors import UserError
 from hf_llama3.files.hashes import CHECKLIST, CHECKSUMS, check_sums
 
 TURNS = [{"role": "user", "content": "abc"}]
@@ -228,3 +230,30 @@ def test_what_no_format_has_a_place_for_is_named(to, folder, tmp_path):
     assert "left out, since it is no part of a model: LICENSE, README.md" in convert(folder, target, to=to).notes
     if to != "gguf":
         assert not any("left out" in note for note in convert(target, tmp_path / "again", to=to).notes)
+
+
+ELSEWHERE = {
+    "added_tokens.json": ("added_tokens.json", {"<new>": 516}),
+    "a pad token set by hand": ("tokenizer_config.json", {"pad_token": "<new>"}),
+    "extra tokens": ("tokenizer_config.json", {"extra_special_tokens": {"image_token": "<new>"}}),
+    "additional tokens": ("tokenizer_config.json", {"additional_special_tokens": ["<new>"]}),
+    "special_tokens_map.json": ("special_tokens_map.json", {"pad_token": "<new>"}),
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_a_token_that_other_files_name(where, folder, tmp_path):
+    """It has an id, the next one, and so a place in Meta's order; without a row it is refused before any work."""
+    name, values = ELSEWHERE[where]
+    edit(folder / "tokenizer_config.json", lambda config: config.pop("added_tokens_decoder", None))
+    told = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps(told | values))
+    assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<new>") == 516
+    assert convert(folder, tmp_path / "meta", to="meta").verification.tokenizer == "equal"
+    assert convert(tmp_path / "meta", tmp_path / "again").verification.tokenizer == "equal"
+    assert verify(folder, tmp_path / "again").ok
+    hf_model(vocab_size=516).save_pretrained(tmp_path / "narrow")
+    for path in folder.glob("*token*"):
+        shutil.copy(path, tmp_path / "narrow")
+    with pytest.raises(UserError, match=r"has 516 rows, and its tokenizer 517 ids: '<new>' \(516\); give them rows"):
+        convert(tmp_path / "narrow", tmp_path / "narrow-meta", to="meta", dry_run=True)
