@@ -22,7 +22,6 @@ from .tokenizer.proof import NOT_COMPARED, compare_tokenizers
 from .weights import Row, sizes
 
 COMPARED = (*GEOMETRY, "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-
 SAYS_NOTHING = {"transformers_version", "_from_model_config"}  # of how a text is generated
 
 

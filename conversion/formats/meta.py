@@ -136,7 +136,7 @@ def read_shards(folder: Path, inferred: list[str]) -> dict[str, list[StoredTenso
         if not parts:
             refuse_lone_adapter(folder)
             raise UserError(f"{folder} holds no consolidated.00.pth; pass the folder that Meta's download made")
-        return {name: [tensor] for name, tensor in read_parts(parts).items()}
+        return {name: [tensor] for name, tensor in read_parts(parts, read_pth).items()}
     shards = [read_shard(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         if differing := sorted(shard.keys() ^ shards[0].keys()):

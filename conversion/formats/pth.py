@@ -45,9 +45,7 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
     return {name: place(tensor, storages, source, name) for name, tensor in tensors_of(read.value, path).items()}
 
 
-def read_parts(
-    paths: list[Path], read: Callable[[Path], dict[str, StoredTensor]] | None = None
-) -> dict[str, StoredTensor]:
+def read_parts(paths: list[Path], read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     """List the tensors of several files that together hold a model.
 
     Raises:
@@ -55,7 +53,7 @@ def read_parts(
     """
     tensors = {}
     for path in paths:
-        found = (read or read_pth)(path)
+        found = read(path)
         if twice := sorted(found.keys() & tensors.keys()):
             raise UserError(f"{path} holds {quoted(twice[0])}, which another part holds as well")
         tensors |= found

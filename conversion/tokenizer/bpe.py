@@ -10,6 +10,7 @@ import binascii
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from hf_llama3.errors import UserError, library_errors, quoted, shown
@@ -224,8 +225,11 @@ def read_tokenizer_json(content: bytes, path: Path):
     return tokenizer
 
 
-def meta_tokenizer_file(tokenizer_json: Path) -> tuple[bytes, list[str]]:
+def meta_tokenizer_file(tokenizer_json: Path, elsewhere: Iterable[str] = ()) -> tuple[bytes, list[str]]:
     """Return Meta's tokenizer.model, byte for byte, and the names of special tokens, from a tokenizer.json.
+
+    Args:
+        elsewhere: tokens that other files name; those that this one lacks have the ids after its own.
 
     Raises:
         UserError: the tokenizer is of another kind; Meta's code would encode texts differently.
@@ -240,6 +244,7 @@ def meta_tokenizer_file(tokenizer_json: Path) -> tuple[bytes, list[str]]:
         tokens = [bytes(to_byte[character] for character in token) for token, _ in ranked]
         names = [entry["content"] for entry in sorted(added, key=lambda entry: entry["id"])]
         ids = [rank for _, rank in ranked] + sorted(entry["id"] for entry in added)
+        names += [name for name in elsewhere if name not in names and name not in model["vocab"]]
         merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{tokenizer_json} is damaged ({error!r}); download it again") from error

@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint
 from ..config.schema import TOKENIZER_FILES, read_small
 from .bpe import NUM_SPECIAL_TOKENS, all_merges, hf_tokenizer_files, meta_tokenizer_file, read_ranks
 from .proof import hard_texts
-from .rows import read_tokens
+from .readings import read_beside
 from .templates import TEMPLATE_FOLDER
 
 TOKENIZER_MODEL = "tokenizer.model"
@@ -105,22 +105,15 @@ def meta_tokenizer_model(source: Checkpoint, notes: list[str]) -> tuple[dict[str
     if source.tokenizer.name == TOKENIZER_MODEL:
         return {TOKENIZER_MODEL: read_file(source.tokenizer)}, source.special_tokens
     try:
-        content, names = meta_tokenizer_file(source.tokenizer)
+        content, names = meta_tokenizer_file(source.tokenizer, read_beside(source.tokenizer.parent)[1])
     except UserError as error:
         notes.append(f"no {TOKENIZER_MODEL} was written, so Meta's own code has no tokenizer: {error}")
         return {}, None
-    names = names + following(read_tokens(source.hf_tokenizer), content.count(b"\n") + len(names))
     total = content.count(b"\n") + len(names)
     if len(names) != NUM_SPECIAL_TOKENS or total != source.config["vocab_size"]:
         wanted = f"{NUM_SPECIAL_TOKENS} special tokens and as many in all as the embedding has rows"
         notes.append(f"Meta's own code wants {wanted}, and will not take these: {len(names)} and {total}")
     return {TOKENIZER_MODEL: content}, names
-
-
-def following(tokens: dict[str, int], first: int) -> list[str]:
-    """List the tokens from an id on, as far as they have the ids that follow it."""
-    found = sorted((token_id, name) for name, token_id in tokens.items() if token_id >= first)
-    return [name for number, (token_id, name) in enumerate(found) if token_id == first + number]
 
 
 def sentencepiece_files(source: Checkpoint) -> dict[str, bytes]:

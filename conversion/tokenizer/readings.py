@@ -160,7 +160,7 @@ def read_hub_files(folder: Path) -> Reading:
     Raises:
         UserError: one is damaged, or only transformers itself reads this kind.
     """
-    config, tokens = read_settings_files(folder), named_elsewhere(folder)
+    config, tokens = read_beside(folder)
     fast, vocabulary, model = (folder / name for name in ("tokenizer.json", "vocab.json", "tokenizer.model"))
     if fast.is_file() or (vocabulary.is_file() and (folder / "merges.txt").is_file()):
         path = fast if fast.is_file() else vocabulary
@@ -178,15 +178,12 @@ def read_hub_files(folder: Path) -> Reading:
     return reading
 
 
-def read_settings_files(folder: Path) -> dict:
-    """Read tokenizer_config.json and, where it lists no added tokens, special_tokens_map.json over it."""
+def read_beside(folder: Path) -> tuple[dict, dict[str, dict]]:
+    """Return a tokenizer's settings, and the flags of the tokens that files beside tokenizer.json name, by id."""
     config = read_if_there(folder / "tokenizer_config.json")
-    return config if "added_tokens_decoder" in config else config | read_if_there(folder / "special_tokens_map.json")
-
-
-def named_elsewhere(folder: Path) -> dict[str, dict]:
-    """Return the flags of the tokens that other files than tokenizer.json name, in the order of their ids."""
-    return named_tokens(read_settings_files(folder), read_if_there(folder / "added_tokens.json"))
+    if "added_tokens_decoder" not in config:
+        config |= read_if_there(folder / "special_tokens_map.json")
+    return config, named_tokens(config, read_if_there(folder / "added_tokens.json"))
 
 
 def read_if_there(path: Path) -> dict:

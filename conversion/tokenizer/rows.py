@@ -7,7 +7,7 @@ from hf_llama3.errors import UserError, quoted
 from ..checkpoint import Checkpoint
 from ..config.schema import read_small
 from .bounds import named_after, read_tokenizer_file
-from .readings import named_elsewhere
+from .readings import read_beside
 
 
 def require_rows(checkpoint: Checkpoint):
@@ -51,9 +51,11 @@ def read_tokens(folder: Path) -> dict[str, int]:
     if not (folder / "tokenizer.json").is_file():
         return added
     raw = read_tokenizer_file(folder / "tokenizer.json")
-    vocabulary, tokens = raw["model"]["vocab"], {}
-    tokens |= vocabulary if isinstance(vocabulary, dict) else {}
-    tokens |= {entry["content"]: entry["id"] for entry in raw.get("added_tokens") or []}
-    for name in named_elsewhere(folder) if isinstance(vocabulary, dict) else added:
-        tokens.setdefault(name, max(tokens.values(), default=-1) + 1)
-    return tokens
+    vocabulary = raw["model"]["vocab"]
+    tokens = {entry["content"]: entry["id"] for entry in raw.get("added_tokens") or []}
+    if not isinstance(vocabulary, dict):  # pieces with their scores
+        return tokens | added
+    tokens |= vocabulary
+    following = max(tokens.values(), default=-1) + 1
+    lacking = [name for name in read_beside(folder)[1] if name not in tokens]
+    return tokens | {name: following + number for number, name in enumerate(lacking)}

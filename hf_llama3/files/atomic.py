@@ -18,6 +18,8 @@ from pathlib import Path
 
 from hf_llama3.errors import UserError, quoted
 
+from .facts import CURVES_FILE, EVALUATIONS, TRAINING_FACTS
+from .hashes import CHECKLIST, CHECKSUMS
 from .locking import hold, locked
 
 # A checkpoint has one of them. They are written last, and a folder that has none is not replaced.
@@ -27,8 +29,7 @@ PARTS = (
     *("*.safetensors", "*.bin", "*.pth", "*.pt", "*.distcp", ".metadata", "*.index.json", "consolidated.[0-9][0-9]"),
     *("generation_config.json", "adapter_config.json", "huggingface.json", "huggingface", "provenance.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
-    *("chat_template.*", "additional_chat_templates", "checklist.chk", "SHA256SUMS"),
-    *("training.json", "evaluations.json", "curves.png"),
+    *("chat_template.*", "additional_chat_templates", CHECKLIST, CHECKSUMS, TRAINING_FACTS, EVALUATIONS, CURVES_FILE),
     *("configuration_llama3.py", "modeling_llama3.py", "attention.py", "mlp.py", "norm.py", "rotary.py"),
 )
 OURS = "-by-hf-llama3"  # ends the names of what is gone when a folder is finished

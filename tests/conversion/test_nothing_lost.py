@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer
 
 from hf_llama3.conversion import convert, inspect, verify
+from hf_llama3.conversion.tokenizer.rows import read_tokens
 from hf_llama3.errors import UserError
 from hf_llama3.files.hashes import CHECKLIST, CHECKSUMS, check_sums
 
@@ -257,3 +258,10 @@ def test_a_token_that_other_files_name(where, folder, tmp_path):
         shutil.copy(path, tmp_path / "narrow")
     with pytest.raises(UserError, match=r"has 516 rows, and its tokenizer 517 ids: '<new>' \(516\); give them rows"):
         convert(tmp_path / "narrow", tmp_path / "narrow-meta", to="meta", dry_run=True)
+
+
+def test_ids_beside_a_vocabulary_of_scored_pieces(tmp_path):
+    """added_tokens.json says them: the pieces, a list, are no names with ids to go on from."""
+    Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<new>": 516}))
+    assert read_tokens(tmp_path) == {"<new>": 516}
